@@ -1,0 +1,24 @@
+"""Kernels run in Triton's interpreter: the variable must be set before triton is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
+
+_dot = InterpreterBuilder.create_dot
+
+
+def _widened(handle: TensorHandle) -> TensorHandle:
+    """The interpreter stores bf16 as its bits in uint16, and Triton 3.7.1's multiplies those as whole numbers."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+InterpreterBuilder.create_dot = lambda self, a, b, d, *rest: _dot(self, _widened(a), _widened(b), d, *rest)

@@ -1,0 +1,106 @@
+"""Kernels, in Triton's interpreter, against their plain PyTorch references, forward and backward."""
+
+import pytest
+import torch
+
+import train_gpt
+
+
+def visible(lengths, T, window):
+    """first and last, int32 (T,), of packed documents of these lengths (the last one is cut at T)."""
+    ends = torch.tensor(lengths).cumsum(0).clamp(max=T)
+    spans = torch.diff(ends, prepend=ends.new_zeros(1))
+    starts, at = (ends - spans).repeat_interleave(spans), torch.arange(T)
+    lasts = (ends - 1).repeat_interleave(spans)
+    return torch.maximum(starts, at - window).int(), torch.minimum(lasts, at + window).int()
+
+
+def relative(found, wanted):
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+ATTENTION_CASES = {
+    "documents of length 1": ([1] * 70 + [30], 100, 16),
+    "one document, T no multiple of a tile": ([77], 77, 200),
+    "window longer than any document": ([40, 5, 90, 20], 155, 1000),
+    "window shorter than documents": ([150, 43], 193, 33),
+    "window 0": ([60, 10], 70, 0),
+    "one token": ([1], 1, 128),
+    "whole tiles": ([64, 64, 128], 256, 64),
+}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("case", ATTENTION_CASES)
+def test_attention(case, dtype, tolerance):
+    lengths, T, window = ATTENTION_CASES[case]
+    torch.manual_seed(T)
+    first, last = visible(lengths, T, window)
+    scale = torch.tensor(0.117)
+    q, k, v, dout = (torch.randn(T, 2, 32).to(dtype) for _ in range(4))
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    wanted = train_gpt.attention_reference(*exact, first, scale.double())
+    wanted.backward(dout.double())
+    out, lse = train_gpt.attention_forward(q, k, v, first, last, scale)
+    grads = train_gpt.attention_backward(dout, q, k, v, out, lse, first, last, scale)
+    assert relative(out, wanted.detach()) < tolerance
+    if window and case not in ("one token",):  # else q and k have no gradient
+        assert relative(grads[0], exact[0].grad) < tolerance
+        assert relative(grads[1], exact[1].grad) < tolerance
+    else:
+        assert grads[0].abs().max() < tolerance and grads[1].abs().max() < tolerance
+    assert relative(grads[2], exact[2].grad) < tolerance
+
+
+def test_attention_mask_is_the_interval():
+    """A key outside first[i]..i has no influence, one inside has, in the reference and in the kernel."""
+    first, last = visible([20, 30], 50, 7)
+    q, k, v = torch.randn(3, 50, 1, 16).unbind()
+    for attend in (lambda v: train_gpt.attention_reference(q, k, v, first, torch.tensor(0.1)),
+                   lambda v: train_gpt.attention_forward(q, k, v, first, last, torch.tensor(0.1))[0]):  # fmt: skip
+        changed = v.clone()
+        changed[24] += 1
+        moved = (attend(changed) != attend(v)).any(-1).any(-1)
+        assert moved.nonzero().flatten().tolist() == list(range(24, 32))
+
+
+@pytest.mark.parametrize("T, V", [(5, 384), (67, 300), (1, 129)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_loss(T, V, dtype, tolerance):
+    torch.manual_seed(V)
+    z = (8 * torch.randn(T, V)).to(dtype)
+    targets, dloss = torch.randint(V, (T,), dtype=torch.int32), torch.rand(T)
+    exact = z.double().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(30 * torch.sigmoid(exact / 7.5), targets.long(), reduction="none")
+    wanted.backward(dloss.double())
+    loss, lse = train_gpt.loss_forward(z, targets)
+    dz, _ = train_gpt.loss_backward(z, targets, lse, dloss, fp8=False)
+    assert relative(train_gpt.loss_reference(z, targets), wanted.detach()) < 1e-5
+    assert relative(loss, wanted.detach()) < 1e-5
+    assert relative(dz, exact.grad) < tolerance
+
+
+def test_loss_fp8_gradient_and_its_transpose():
+    z, targets = 4 * torch.randn(70, 300), torch.randint(300, (70,), dtype=torch.int32)
+    loss, lse = train_gpt.loss_forward(z, targets)
+    wanted, _ = train_gpt.loss_backward(z, targets, lse, torch.ones(70), fp8=False)
+    dz, dzt = train_gpt.loss_backward(z, targets, lse, torch.ones(70), fp8=True)
+    assert dz.dtype == dzt.dtype == torch.float8_e5m2
+    assert torch.equal(dz.float(), dzt.float().t())
+    assert relative(dz.float() * train_gpt.GRAD_SCALE, wanted) < 0.1  # e5m2 has two bits of mantissa
+
+
+def test_lookup_adds_to_the_gradient():
+    table = torch.nn.Parameter(torch.randn(10, 4))
+    tokens = torch.tensor([3, 3, 7], dtype=torch.int32)
+    for _ in range(2):
+        (train_gpt.lookup(tokens, table) * torch.tensor([[1.0], [2.0], [5.0]])).sum().backward()
+    wanted = torch.zeros(10, 4)
+    wanted[3], wanted[7] = 6.0, 10.0
+    assert torch.equal(table.grad, wanted)
+
+
+def test_norm():
+    x = torch.randn(7, 33, dtype=torch.double) * 1e-3
+    wanted = x / (x.square().mean(-1, keepdim=True) + 2**-23).sqrt()
+    assert relative(train_gpt.norm(x.float()), wanted) < 1e-6

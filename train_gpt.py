@@ -1,0 +1,1444 @@
+"""Train a GPT-2-class language model to 3.28 validation loss on FineWeb, fast: model, optimizers, loader and run in one file.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py [--name=value ...]    # any GPU count that divides --micro_batches
+    python train_gpt.py --preset=sample                                         # a small model on a CPU
+    python train_gpt.py --help                                                  # every setting
+
+@RESULT@
+The rooms, in order: settings, kernels, model, optimizers, data, schedules, log, main. A room uses only rooms above it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import glob
+import itertools
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from tqdm import tqdm
+
+IMPORTED = time.perf_counter()
+
+# ======================================================================================================================
+# Settings
+
+
+class UsageError(Exception):
+    """A mistake of the user's: its text is one line that names the file or flag and what to do."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer slot. Parallel paths read the same normed input, share the slot's lambdas, and their outputs are added."""
+
+    window: str = "short"  # "short" or "long": how far attention looks back
+    value: int = -1  # index of the value embedding mixed into v, -1 for none
+    attention: int = 1  # parallel attention paths
+    mlp: int = 1  # parallel MLP paths
+
+
+# The layer table. A slot without paths runs nothing at all. --layers, --skips and --backout change it for one run.
+LAYERS = (
+    Layer(attention=0, mlp=0),  # 0
+    Layer(value=1),  # 1
+    Layer(value=2),  # 2
+    Layer(),  # 3
+    Layer(window="long"),  # 4
+    Layer(),  # 5
+    Layer(),  # 6
+    Layer(attention=0),  # 7
+    Layer(),  # 8
+    Layer(value=0),  # 9
+    Layer(value=1),  # 10
+    Layer(window="long", value=2),  # 11
+)
+
+
+def setting(default, description: str):
+    """A dataclass field with its line for --help."""
+    return field(default=default, metadata={"help": description})
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Every setting of a run; each is a flag --name=value. The defaults are the record's."""
+
+    preset: str = setting("record", "start from these settings: record or sample")
+    # data
+    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, read once in the order of their names")
+    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards, of which the first is read")
+    val_tokens: int = setting(10_485_760, "validation tokens")
+    train_batch_size: int = setting(262_144, "tokens a step")
+    train_max_seq_len: int = setting(2048, "tokens of a document that training reads at most")
+    micro_batches: int = setting(8, "packed sequences that each batch is split into; more need less memory")
+    val_batch_size: int = setting(2_097_152, "validation tokens a batch")
+    val_loss_every: int = setting(250, "steps between validations; 0 validates at the end only")
+    # model
+    vocab_size: int = setting(50_257, "token ids; the last one is BOS, which begins each document")
+    model_dim: int = setting(768, "width of the residual stream")
+    num_heads: int = setting(6, "attention heads a path")
+    layers: str = setting("", "changes to the layer table, as 5.mlp=0,0.attention=2,3.window=long,9.value=-1")
+    skips: str = setting("4-7", "long skips, from-to, as 4-7,3-8")
+    backout: int = setting(8, "layer whose output is taken back before the head; -1 for none")
+    # schedule
+    num_scheduled_iterations: int = setting(2185, "steps of the learning rate and window schedules")
+    num_extension_iterations: int = setting(40, "steps after those, at the final learning rate and the longest window")
+    cooldown_frac: float = setting(0.5, "share of the scheduled steps over which the learning rate falls")
+    final_lr_scale: float = setting(0.1, "learning rate at the end, as a share of its peak")
+    windows: str = setting("1/3,3/7,5/11", "short/long windows in blocks of 128 tokens, each for an equal part of the scheduled steps")
+    extension_window: str = setting("6/13", "windows of the extension")
+    final_window: str = setting("6/20", "windows of the last validation")
+    # optimizers
+    muon_lr: float = setting(0.03, "NorMuon learning rate, for hidden and gate matrices")
+    muon_weight_decay: float = setting(1.2, "NorMuon cautious weight decay")
+    muon_beta2: float = setting(0.95, "NorMuon second-moment decay")
+    momentum_low: float = setting(0.85, "NorMuon momentum at the first and the last step")
+    momentum_high: float = setting(0.95, "NorMuon momentum in between")
+    momentum_warmup: int = setting(300, "steps over which the momentum rises")
+    momentum_cooldown: int = setting(50, "last steps over which it falls back")
+    mlp_in_lr_mul: float = setting(2.0, "learning rate factor of the MLPs' input matrices")
+    adam_lr: float = setting(0.008, "DistAdam learning rate, for embeddings, head and scalars")
+    adam_beta1: float = setting(0.65, "DistAdam first-moment decay")
+    adam_beta2: float = setting(0.95, "DistAdam second-moment decay")
+    embed_lr_mul: float = setting(75.0, "learning rate factor of token and value embeddings")
+    head_lr_mul: float = setting(1.0, "learning rate factor of the head")
+    scalar_lr_mul: float = setting(5.0, "learning rate factor of the scalars")
+    # run
+    seed: int = setting(1337, "seed of the initial parameters")
+    warmup_steps: int = setting(2, "throw-away steps before the clock, which compile everything; 0 for none")
+    log_dir: str = setting("logs", "folder of the logs")
+
+    @property
+    def total_steps(self) -> int:
+        return self.num_scheduled_iterations + self.num_extension_iterations
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of a training micro-batch."""
+        return self.train_batch_size // self.micro_batches
+
+    @property
+    def val_tokens_each(self) -> int:
+        """Tokens of a validation micro-batch."""
+        return self.val_batch_size // self.micro_batches
+
+    @property
+    def bos(self) -> int:
+        return self.vocab_size - 1
+
+
+PRESETS = {
+    "record": {},
+    "sample": dict(
+        train_files="data/sample/sample_train_*.bin", val_files="data/sample/sample_val_*.bin", vocab_size=257,
+        model_dim=96, num_heads=3, train_batch_size=8192, train_max_seq_len=512, val_tokens=65_536, val_batch_size=8192,
+        val_loss_every=50, num_scheduled_iterations=190, num_extension_iterations=10,
+    ),
+}  # fmt: skip
+
+
+def parse_settings(arguments: list[str]) -> Hyperparameters:
+    """Settings from the command line: defaults, then the preset, then the flags.
+
+    Raises UsageError for an unknown flag (naming the closest one) and for a value of the wrong type; --help exits.
+    """
+    fields = dataclasses.fields(Hyperparameters)
+    parser = argparse.ArgumentParser(prog="train_gpt.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = _refuse_flag
+    for f in fields:
+        default = str(f.default).replace("%", "%%") or "(none)"
+        parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} [{default}]")
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name, [f"--{f.name}" for f in fields], n=1, cutoff=0.0)
+        raise UsageError(f"unknown flag {name}; did you mean {close[0]}? (--help lists all)")
+    flags = vars(flags)
+    preset = flags.get("preset", "record")
+    if preset not in PRESETS:
+        raise UsageError(f"--preset={preset} is not known; choose from {', '.join(PRESETS)}")
+    settings = Hyperparameters(**PRESETS[preset] | flags)
+    check_settings(settings)
+    return settings
+
+
+def _refuse_flag(message: str):
+    raise UsageError(message.replace("argument --", "--", 1))
+
+
+def check_settings(s: Hyperparameters):
+    """Raise UsageError, naming the flag, when a value is out of range or does not fit another."""
+    optional = ("seed", "val_loss_every", "num_extension_iterations", "momentum_warmup", "momentum_cooldown", "warmup_steps")
+    for f in dataclasses.fields(s):
+        value = getattr(s, f.name)
+        if f.type is float and not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"--{f.name}={value}: give a finite number of at least 0")
+        if f.type is int and f.name != "backout" and value < (f.name not in optional):
+            raise UsageError(f"--{f.name}={value}: give a number of at least {int(f.name not in optional)}")
+    for name in ("muon_beta2", "momentum_low", "momentum_high", "adam_beta1", "adam_beta2"):
+        if getattr(s, name) >= 1:
+            raise UsageError(f"--{name}={getattr(s, name)}: give a number below 1")
+    if s.cooldown_frac > 1:
+        raise UsageError(f"--cooldown_frac={s.cooldown_frac}: give a share of the scheduled steps, 0 to 1")
+    for whole, part in (("train_batch_size", "micro_batches"), ("val_batch_size", "micro_batches"), ("val_tokens", "val_batch_size")):
+        if getattr(s, whole) % getattr(s, part):
+            raise UsageError(f"--{whole}={getattr(s, whole)} is not a multiple of --{part}={getattr(s, part)}; change one of them")
+    if s.model_dim % (4 * s.num_heads) or s.model_dim < 12:
+        raise UsageError(f"--model_dim={s.model_dim}: give a multiple of 4 x --num_heads={s.num_heads}, at least 12")
+    if not 2 <= s.vocab_size <= 65_536:
+        raise UsageError(f"--vocab_size={s.vocab_size}: token ids are uint16, so give 2 to 65536")
+    layer_table(s), skip_table(s), [parse_window(s, name) for name in ("extension_window", "final_window")], window_table(s)
+    if s.backout != -1 and not (0 <= s.backout < len(LAYERS)):
+        raise UsageError(f"--backout={s.backout}: give a layer from 0 to {len(LAYERS) - 1}, or -1 for none")
+
+
+def layer_table(s: Hyperparameters) -> tuple[Layer, ...]:
+    """The layer table with the changes of --layers; raises UsageError for a change that it does not understand."""
+    table = list(LAYERS)
+    for change in filter(None, s.layers.split(",")):
+        with contextlib.suppress(ValueError):
+            place, value = change.split("=")
+            index, column = place.split(".")
+            value = value if column == "window" else int(value)
+            legal = {"window": value in ("short", "long"), "value": column == "value" and value >= -1}
+            if int(index) in range(len(table)) and legal.get(column, column in ("attention", "mlp") and 0 <= value <= 16):
+                table[int(index)] = dataclasses.replace(table[int(index)], **{column: value})
+                continue
+        raise UsageError(f"--layers: cannot read {change!r}; write LAYER.COLUMN=VALUE with a layer from 0 to {len(LAYERS) - 1} and"
+                         " window=short|long, value=INDEX (-1 for none), attention=PATHS or mlp=PATHS (0 to 16)")  # fmt: skip
+    if not any(layer.attention or layer.mlp for layer in table):
+        raise UsageError("--layers leaves no layer with a path; keep at least one")
+    return tuple(table)
+
+
+def skip_table(s: Hyperparameters) -> tuple[tuple[int, int], ...]:
+    """The long skips as (from, to) pairs; raises UsageError when one does not run forward between two layers."""
+    skips = []
+    for text in filter(None, s.skips.split(",")):
+        source, _, target = text.partition("-")
+        if not (source.isdecimal() and target.isdecimal() and int(source) < int(target) < len(LAYERS)):
+            raise UsageError(f"--skips: cannot read {text!r}; write FROM-TO, as 4-7, with FROM below TO below {len(LAYERS)}")
+        skips.append((int(source), int(target)))
+    return tuple(skips)
+
+
+def parse_window(s: Hyperparameters, name: str, text: str | None = None) -> tuple[int, int]:
+    """A short/long pair such as 3/7, in blocks; raises UsageError."""
+    text = getattr(s, name) if text is None else text
+    short, _, long = text.partition("/")
+    if not (short.isdecimal() and long.isdecimal() and 1 <= int(long) <= 10_000 and int(short) <= 10_000):
+        raise UsageError(f"--{name}: cannot read {text!r}; write SHORT/LONG in blocks of 128 tokens, as 3/7")
+    return int(short), int(long)
+
+
+def window_table(s: Hyperparameters) -> list[tuple[int, int]]:
+    """The scheduled (short, long) windows, in blocks."""
+    return [parse_window(s, "windows", text) for text in s.windows.split(",")]
+
+
+def describe_settings(s: Hyperparameters) -> str:
+    """The effective settings and the layer table, a line each, for the log."""
+    lines = [f"{f.name}={getattr(s, f.name)}" for f in dataclasses.fields(s)]
+    for i, layer in enumerate(layer_table(s)):
+        value = f"ve{layer.value}" if layer.value >= 0 else "-"
+        lines.append(f"layer {i}: window={layer.window} value={value} attention={layer.attention} mlp={layer.mlp}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: its rank, the number of processes and the device that it computes on."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and products: bf16 on a GPU, float32 on a CPU."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the head runs in FP8: on chips that have it, sm_89 and later."""
+        return self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 9)
+
+
+# ======================================================================================================================
+# Kernels: each a plain reference, which is the definition, and its Triton twin, behind one function.
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last axis, without a weight (arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: Tensor) -> Tensor:
+    """Attention in which query i sees the keys first[i] to i; arguments as in `attention`."""
+    at = torch.arange(q.size(0), device=q.device)
+    visible = (first[:, None] <= at) & (at <= at[:, None])
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    return torch.einsum("hij,jhd->ihd", weights, v)
+
+
+@triton.jit
+def _scores(q, k, scale, first, rows, columns):
+    """Scaled scores in base 2, minus infinity where a key is not visible: the mask is first[row] <= column <= row."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    return tl.where((first[:, None] <= columns[None, :]) & (columns[None, :] <= rows[:, None]), scores, -float("inf"))
+
+
+@triton.jit
+def _attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_ptr, scale_ptr, T, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    head = tl.program_id(1)
+    start = tl.program_id(0) * BM
+    rows = start + tl.arange(0, BM)
+    d = tl.arange(0, D)
+    inside = rows < T
+    at = (rows[:, None] * H + head) * D + d[None, :]
+    scale = tl.load(scale_ptr) * 1.4426950408889634  # log2(e), for exp2
+    first = tl.load(first_ptr + rows, mask=inside, other=T)
+    q = tl.load(q_ptr + at, mask=inside[:, None], other=0.0)
+    top = tl.full([BM], -1e30, tl.float32)  # finite: a row may see nothing in its tile's first keys
+    total = tl.zeros([BM], tl.float32)
+    out = tl.zeros([BM, D], tl.float32)
+    for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
+        columns = n + tl.arange(0, BN)
+        at_keys = (columns[:, None] * H + head) * D + d[None, :]
+        k = tl.load(k_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
+        v = tl.load(v_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
+        scores = _scores(q, k, scale, first, rows, columns)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        top = new_top
+    tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    tl.store(lse_ptr + head * T + rows, top + tl.log2(total), mask=inside)
+
+
+@triton.jit
+def _attention_query_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, first_ptr, scale_ptr, T,
+    H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The gradient of q, and delta = sum(out * dout), which the gradients of k and v need."""
+    head = tl.program_id(1)
+    start = tl.program_id(0) * BM
+    rows = start + tl.arange(0, BM)
+    d = tl.arange(0, D)
+    inside = rows < T
+    at = (rows[:, None] * H + head) * D + d[None, :]
+    scale = tl.load(scale_ptr)
+    first = tl.load(first_ptr + rows, mask=inside, other=T)
+    lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=float("inf"))
+    q = tl.load(q_ptr + at, mask=inside[:, None], other=0.0)
+    dout = tl.load(dout_ptr + at, mask=inside[:, None], other=0.0)
+    out = tl.load(out_ptr + at, mask=inside[:, None], other=0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(delta_ptr + head * T + rows, delta, mask=inside)
+    dq = tl.zeros([BM, D], tl.float32)
+    for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
+        columns = n + tl.arange(0, BN)
+        at_keys = (columns[:, None] * H + head) * D + d[None, :]
+        k = tl.load(k_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
+        v = tl.load(v_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
+        p = tl.exp2(_scores(q, k, scale * 1.4426950408889634, first, rows, columns) - lse[:, None])
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    tl.store(dq_ptr + at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _attention_key_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, first_ptr, last_ptr, scale_ptr, T,
+    H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The gradients of k and v: a tile of keys meets every query that sees one of them."""
+    head = tl.program_id(1)
+    start = tl.program_id(0) * BN
+    columns = start + tl.arange(0, BN)
+    d = tl.arange(0, D)
+    at = (columns[:, None] * H + head) * D + d[None, :]
+    scale = tl.load(scale_ptr)
+    k = tl.load(k_ptr + at, mask=columns[:, None] < T, other=0.0)
+    v = tl.load(v_ptr + at, mask=columns[:, None] < T, other=0.0)
+    dk = tl.zeros([BN, D], tl.float32)
+    dv = tl.zeros([BN, D], tl.float32)
+    end = tl.load(last_ptr + tl.minimum(start + BN, T) - 1) + 1
+    for m in range(start // BM * BM, end, BM):
+        rows = m + tl.arange(0, BM)
+        inside = rows < T
+        at_rows = (rows[:, None] * H + head) * D + d[None, :]
+        q = tl.load(q_ptr + at_rows, mask=inside[:, None], other=0.0)
+        dout = tl.load(dout_ptr + at_rows, mask=inside[:, None], other=0.0)
+        lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=float("inf"))
+        delta = tl.load(delta_ptr + head * T + rows, mask=inside, other=0.0)
+        first = tl.load(first_ptr + rows, mask=inside, other=T)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
+        visible = (first[None, :] <= columns[:, None]) & (columns[:, None] <= rows[None, :])
+        p = tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=columns[:, None] < T)
+    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=columns[:, None] < T)
+
+
+# Tile sizes by kernel: (queries, keys, warps, stages). Fixed, so that no start pays for tuning; found on an H200.
+HOPPER_TILES = {"forward": (128, 64, 8, 3), "query": (128, 64, 8, 2), "key": (64, 128, 8, 2)}
+SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)}  # for chips with less shared memory
+
+
+def _attention_launch(kernel, name: str, *tensors: Tensor):
+    """Run one attention kernel over (tiles of queries or keys) x heads; the first tensor is q, (T, heads, head_dim)."""
+    T, H, D = tensors[0].shape
+    hopper = tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] == 9
+    BM, BN, warps, stages = (HOPPER_TILES if hopper else SMALL_TILES)[name]
+    grid = (triton.cdiv(T, BN if name == "key" else BM), H)
+    kernel[grid](*tensors, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+
+
+@torch.library.custom_op("speedrun::attention", mutates_args=())
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The Triton twin of `attention`: the output, and the base-2 log-sum-exp of each row's scores, float32 (heads, T)."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out, lse = torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+    _attention_launch(_attention_forward_kernel, "forward", q, k, v, out, lse, first, scale)
+    return out, lse
+
+
+@torch.library.custom_op("speedrun::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor, last: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    dout, q, k, v = dout.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), torch.empty_like(lse)
+    _attention_launch(_attention_query_kernel, "query", q, k, v, out, dout, lse, delta, dq, first, scale)
+    _attention_launch(_attention_key_kernel, "key", q, k, v, dout, lse, delta, dk, dv, first, last, scale)
+    return dq, dk, dv
+
+
+@attention_forward.register_fake
+def _(q, k, v, first, last, scale):
+    return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+
+
+@attention_backward.register_fake
+def _(dout, q, k, v, out, lse, first, last, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _save_attention(ctx, inputs, output):
+    q, k, v, first, last, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, first, last, scale)
+
+
+attention_forward.register_autograd(
+    lambda ctx, dout, _: (*attention_backward(dout, *ctx.saved_tensors), None, None, None), setup_context=_save_attention
+)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> Tensor:
+    """Attention over packed documents, in the manner of FlashAttention (arXiv 2205.14135).
+
+    q, k, v: (T, heads, head_dim). first, last: int32 (T); query i sees the keys first[i] to i, and key j is seen by the
+    queries j to last[j]; neither may decrease, so that a tile's bounds are those of its ends, and windows and documents
+    of any length cost no new compilation. scale: float32 scalar tensor. Returns (T, heads, head_dim).
+    """
+    return attention_forward(q, k, v, first, last, scale)[0] if q.is_cuda else attention_reference(q, k, v, first, scale)
+
+
+SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5)
+GRAD_SCALE = 1 / 448  # of the FP8 gradient of z, whose values lie within -1 and 1
+
+
+def loss_reference(z: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each row of head outputs z (T, classes), softcapped (arXiv 2408.00118), in float32: (T,)."""
+    return F.cross_entropy(SOFTCAP * torch.sigmoid(z.float() / SOFTCAP_SLOPE), targets.long(), reduction="none")
+
+
+@triton.jit
+def _loss_kernel(z_ptr, target_ptr, loss_ptr, lse_ptr, V, CAP: tl.constexpr, SLOPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Loss and log-sum-exp of one row; the softcap bounds the logits, so the largest possible stands in for the largest."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + row * V + at, mask=at < V, other=-float("inf")).to(tl.float32)
+        total += tl.where(at < V, tl.exp(CAP * tl.sigmoid(z / SLOPE) - CAP), 0.0)
+    lse = tl.log(tl.sum(total, 0)) + CAP
+    z = tl.load(z_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32)
+    tl.store(loss_ptr + row, lse - CAP * tl.sigmoid(z / SLOPE))
+    tl.store(lse_ptr + row, lse)
+
+
+@triton.jit
+def _loss_backward_kernel(
+    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, dzt_ptr, T, V, INV_SCALE: tl.constexpr, CAP: tl.constexpr, SLOPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Gradient of z times INV_SCALE, in dz's dtype, and its transpose: FP8 products want both operands contiguous along the sum."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = (rows[:, None] < T) & (columns[None, :] < V)
+    z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
+    target = tl.load(target_ptr + rows, mask=rows < T, other=0)
+    dloss = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0)
+    s = tl.sigmoid(z / SLOPE)
+    p = tl.exp(CAP * s - lse[:, None])
+    dz = (p - tl.where(columns[None, :] == target[:, None], 1.0, 0.0)) * (s * (1.0 - s)) * (dloss * (INV_SCALE * CAP / SLOPE))[:, None]
+    dz = dz.to(dz_ptr.dtype.element_ty)
+    tl.store(dz_ptr + rows[:, None] * V + columns[None, :], dz, mask=inside)
+    if TRANSPOSED:
+        outside = (columns[:, None] < V) & (rows[None, :] < T)
+        tl.store(dzt_ptr + columns[:, None].to(tl.int64) * T + rows[None, :], tl.trans(dz), mask=outside)
+
+
+def loss_forward(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The Triton twin of `loss_reference`: loss and log-sum-exp of each row, float32 (T,)."""
+    T, V = z.shape
+    loss, lse = z.new_empty(T, dtype=torch.float32), z.new_empty(T, dtype=torch.float32)
+    _loss_kernel[(T,)](z, targets, loss, lse, V, CAP=SOFTCAP, SLOPE=SOFTCAP_SLOPE, BLOCK=4096, num_warps=8)
+    return loss, lse
+
+
+def loss_backward(z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradient of z (T, classes), given that of each row's loss: in z's dtype, or in e5m2 divided by GRAD_SCALE and with its transpose."""
+    T, V = z.shape
+    dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
+    dzt = dz.new_empty(V, T) if fp8 else None
+    grid = lambda meta: (triton.cdiv(T, meta["BM"]), triton.cdiv(V, meta["BN"]))  # noqa: E731
+    _loss_backward_kernel[grid](z, targets, lse, dloss, dz, dzt, T, V, INV_SCALE=1 / GRAD_SCALE if fp8 else 1.0, CAP=SOFTCAP,
+                                SLOPE=SOFTCAP_SLOPE, TRANSPOSED=fp8, BM=64, BN=128, num_warps=8)  # fmt: skip
+    return dz, dzt
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The head's product and its loss on a GPU. In FP8 the gradients contract the FP8 copies that the forward pass made."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, fp8):
+        if fp8:
+            # Norm bounds |x| by the root of the width: that maps onto e4m3's largest number, 448.
+            x_scale, w_scale = (torch.full((), scale, device=x.device) for scale in (x.size(1) ** 0.5 / 448, 2.0**-9))
+            x8 = (x.float() / x_scale).to(torch.float8_e4m3fn)
+            w8 = (weight.float() / w_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+            z = torch._scaled_mm(x8, w8.t(), x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+            operands = (x8, w8, x_scale, w_scale)
+        else:
+            z = x @ weight.t()
+            operands = (x, weight)
+        loss, lse = loss_forward(z, targets)
+        ctx.fp8 = fp8
+        ctx.save_for_backward(z, targets, lse, *operands)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        z, targets, lse, *operands = ctx.saved_tensors
+        dz, dzt = loss_backward(z, targets, lse, dloss.contiguous(), ctx.fp8)
+        if not ctx.fp8:
+            x, weight = operands
+            return dz @ weight, (dz.t() @ x).float(), None, None
+        x8, w8, x_scale, w_scale = operands
+        z_scale = torch.full((), GRAD_SCALE, device=z.device)
+        dx = torch._scaled_mm(dz, w8.t().contiguous().t(), z_scale, w_scale, out_dtype=torch.bfloat16)
+        dw = torch._scaled_mm(dzt, x8.t().contiguous().t(), z_scale, x_scale, out_dtype=torch.float32)
+        return dx, dw, None, None
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, fp8: bool) -> Tensor:
+    """Loss of each token, float32 (T,), for normed activations x (T, width), head weight (classes, width), targets int32 (T,).
+
+    On a GPU the gradient of the weight comes out in float32; with fp8 the products are e4m3 x e4m3 forward, e5m2 x e4m3 back.
+    """
+    return _HeadLoss.apply(x, weight, targets, fp8) if x.is_cuda else loss_reference(x @ weight.t(), targets)
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a table, whose gradient is added straight into the table's .grad: no dense gradient is made on the way."""
+
+    @staticmethod
+    def forward(ctx, tokens, table):
+        ctx.save_for_backward(tokens)
+        ctx.table = table
+        return F.embedding(tokens, table)
+
+    @staticmethod
+    def backward(ctx, dout):
+        if ctx.table.grad is None:
+            ctx.table.grad = torch.zeros_like(ctx.table)
+        ctx.table.grad.index_add_(0, ctx.saved_tensors[0], dout.to(ctx.table.grad.dtype))
+        return None, None
+
+
+def lookup(tokens: Tensor, table: nn.Parameter) -> Tensor:
+    """Rows (T, width) of a table (classes, width) for tokens int32 (T,)."""
+    return _Lookup.apply(tokens, table)
+
+
+# ======================================================================================================================
+# Model
+
+WINDOW_BLOCK = 128  # tokens; windows are counted in blocks
+GATE_CHANNELS = 12  # gates read only the first channels
+
+
+@dataclass
+class Batch:
+    """Packed documents, int32 (T,) each: inputs, targets, and the first and last index of each token's document."""
+
+    inputs: Tensor
+    targets: Tensor
+    first: Tensor
+    last: Tensor
+
+
+class Rotary(nn.Module):
+    """Half-truncated rotary tables and the softmax scale, rescaled as the window grows (YaRN, arXiv 2309.00071).
+
+    cos, sin: (max_tokens, head_dim / 2); a quarter of head_dim turns, the rest stands still. Positions are indices in the
+    packed sequence. frequencies (radians a token) and scale stay float32.
+    """
+
+    def __init__(self, head_dim: int, max_tokens: int, dtype: torch.dtype):
+        super().__init__()
+        turning = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
+        self.register_buffer("frequencies", torch.cat([turning, torch.zeros(head_dim // 4)]))
+        self.register_buffer("scale", torch.tensor(0.1))
+        self.register_buffer("cos", torch.empty(max_tokens, head_dim // 2, dtype=dtype))
+        self.register_buffer("sin", torch.empty(max_tokens, head_dim // 2, dtype=dtype))
+        self.fill()
+
+    def fill(self):
+        """Write the tables anew, in place."""
+        angles = torch.outer(torch.arange(len(self.cos), dtype=torch.float32, device=self.cos.device), self.frequencies)
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+
+    def extend(self, old: int, new: int):
+        """Adapt to a long window that grows from old to new blocks: slow frequencies stretch with it, fast ones stay."""
+        rotations = WINDOW_BLOCK * old * self.frequencies / (2 * math.pi)
+        keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
+        self.frequencies.mul_(old / new + keep * (1 - old / new))
+        self.scale.mul_(1 + 0.2 * math.log(new / old))
+        self.fill()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x (T, heads, head_dim), the halves of a head being the pairs' two parts."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos[: len(x), None], sin[: len(x), None]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+def embed(e: Tensor, gate: Tensor, s: Tensor) -> Tensor:
+    """Smear each raw embedding (T, width) forward by one token, by its own gate (1, 12) and the scalar s; then norm."""
+    mixed = s * torch.sigmoid(F.linear(e[1:, :GATE_CHANNELS], gate)) * e[:-1]
+    return norm(torch.cat([e[:1], e[1:] + mixed]))
+
+
+def attention_path(x: Tensor, weight: Tensor, gate: Tensor, l0: Tensor, l1: Tensor, value: Tensor | None, rotary, visible) -> Tensor:
+    """One attention path over normed x (T, width).
+
+    weight: (width, 4 width), the row-major view of Q, K, V and O, each output x input. gate: (heads, 12), one sigmoid gate a head.
+    value: rows of a value embedding (T, width), mixed into v (value residual, arXiv 2410.17897), or None.
+    """
+    T, width = x.shape
+    qkvo = weight.view(4, width, width)
+    q, k, v = F.linear(x, qkvo[:3].reshape(3 * width, width)).view(T, 3, len(gate), -1).unbind(1)
+    cos, sin, scale = rotary
+    v = l0 * v if value is None else l0 * v + l1 * value.view_as(v)
+    y = attention(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v, *visible, scale)
+    y = y * torch.sigmoid(F.linear(x[:, :GATE_CHANNELS], gate))[:, :, None]
+    return F.linear(y.reshape(T, width), qkvo[3])
+
+
+def mlp_path(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """relu(x w_in)^2 w_out^T (arXiv 2109.08668) for normed x (T, width); both weights (width, 4 width)."""
+    return F.linear(torch.relu(x @ w_in).square(), w_out)
+
+
+def block(x: Tensor, x0: Tensor, lambdas: Tensor, attention_paths, mlp_paths, value: Tensor | None, rotary, visible) -> Tensor:
+    """One layer slot: the residual stream x (T, width) mixed with x0, plus its attention paths, plus its MLP paths."""
+    a, b, l0, l1 = lambdas.unbind()
+    x = a * x + b * x0
+    if attention_paths:
+        normed = norm(x)
+        for weight, gate in attention_paths:
+            x = x + attention_path(normed, weight, gate, l0, l1, value, rotary, visible)
+    if mlp_paths:
+        normed = norm(x)
+        for w_in, w_out in mlp_paths:
+            x = x + mlp_path(normed, w_in, w_out)
+    return x
+
+
+class Slot(nn.Module):
+    """The matrices of one layer slot, by path: attention (width, 4 width), gate (heads, 12), mlp_in and mlp_out (width, 4 width)."""
+
+    def __init__(self, layer: Layer, width: int, heads: int, dtype: torch.dtype, generator: torch.Generator):
+        super().__init__()
+
+        def matrices(count: int, live: int):
+            """Matrices of which the first `live` of four quarters are uniform and the rest zero."""
+            stack = torch.zeros(count, 4, width, width)
+            stack[:, :live].uniform_(-bound, bound, generator=generator)
+            return nn.ParameterList(stack.view(count, width, 4 * width).unbind())
+
+        bound = 3**0.5 * 0.5 * width**-0.5
+        self.attention = matrices(layer.attention, live=3)
+        self.gate = nn.ParameterList(torch.zeros(layer.attention, heads, GATE_CHANNELS, dtype=dtype).unbind())
+        self.mlp_in = matrices(layer.mlp, live=4)
+        self.mlp_out = matrices(layer.mlp, live=0)
+
+
+class GPT(nn.Module):
+    """The language model.
+
+    Parameters are drawn in float32 on the CPU from the seed. Embeddings, head and gates are cast to the world's dtype at
+    once, the hidden matrices by the optimizer, which keeps the float32 masters; scalars stay float32.
+    """
+
+    def __init__(self, s: Hyperparameters, world: World):
+        super().__init__()
+        generator = torch.Generator().manual_seed(s.seed)
+        self.layers, self.skips, self.backout_layer = layer_table(s), skip_table(s), s.backout
+        self.bos, self.fp8 = s.bos, world.fp8
+        classes, width = math.ceil(s.vocab_size / 128) * 128, s.model_dim
+        draw = lambda: nn.Parameter(torch.randn(classes, width, generator=generator).to(world.dtype))  # noqa: E731
+        self.embedding = draw()
+        self.values = nn.ParameterList(draw() for _ in range(1 + max(layer.value for layer in self.layers)))
+        self.slots = nn.ModuleList(Slot(layer, width, s.num_heads, world.dtype, generator) for layer in self.layers)
+        self.head = nn.Parameter(torch.zeros(classes, width, dtype=world.dtype))
+        self.smear_gate = nn.Parameter(torch.zeros(1, GATE_CHANNELS, dtype=world.dtype))
+        # One row a layer: a (of x), b (of x0), l0 (of v), l1 (of the value embedding).
+        self.lambdas = nn.Parameter(torch.tensor([[1.1, 0.0, 0.5, 0.5]] * len(self.layers)))
+        # Smear, backout, then a gate a skip.
+        self.scalars = nn.Parameter(torch.tensor([0.0, 0.5] + [-1.5] * len(self.skips)))
+        self.rotary = Rotary(width // s.num_heads, max(s.train_tokens, s.val_tokens_each), world.dtype)
+        self.to(world.device)
+        # One graph serves every layer of a kind and every window; evaluation runs it uncompiled.
+        self.compiled = [torch.compile(f, dynamic=False) if world.device.type == "cuda" else f for f in (embed, block)]
+
+    def forward(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
+        """Loss of each token of the batch, float32 (T,). windows: how many tokens back short and long layers see."""
+        embed_, block_ = self.compiled if self.training else (embed, block)
+        at = torch.arange(len(batch.inputs), dtype=torch.int32, device=batch.inputs.device)
+        visible = {
+            name: (torch.maximum(batch.first, at - window), torch.minimum(batch.last, at + window))
+            for name, window in zip(("short", "long"), windows, strict=True)
+        }
+        rotary = (self.rotary.cos, self.rotary.sin, self.rotary.scale)
+        smear, backout, *skip_gates = self.scalars.unbind()
+        values = [lookup(batch.inputs, table) for table in self.values]
+        x0 = embed_(lookup(batch.inputs, self.embedding), self.smear_gate, smear)
+        x = x0.view_as(x0)  # another tensor object, or the first block would be compiled for itself
+        kept, wanted = {}, {self.backout_layer, *(source for source, _ in self.skips)}
+        for i, (layer, slot, lambdas) in enumerate(zip(self.layers, self.slots, self.lambdas.unbind(), strict=True)):
+            for (source, target), gate in zip(self.skips, skip_gates, strict=True):
+                if target == i:
+                    x = x + torch.sigmoid(gate) * kept[source]
+            if layer.attention or layer.mlp:
+                attention_paths = tuple(zip(slot.attention, slot.gate, strict=True))
+                mlp_paths = tuple(zip(slot.mlp_in, slot.mlp_out, strict=True))
+                value = values[layer.value] if layer.attention and layer.value >= 0 else None
+                x = block_(x, x0, lambdas, attention_paths, mlp_paths, value, rotary, visible[layer.window])
+            if i in wanted:
+                kept[i] = x
+        if self.backout_layer >= 0:
+            x = x - backout * kept[self.backout_layer]
+        x = norm(x)
+        if self.training:
+            return head_loss(x, self.head, batch.targets, self.fp8)
+        # Evaluation: no FP8, and a slice at a time, since all logits at once would not fit.
+        slices = zip(x.split(8192), batch.targets.split(8192), strict=True)
+        return torch.cat([head_loss(part, self.head, targets, False) for part, targets in slices])
+
+
+# ======================================================================================================================
+# Optimizers
+
+
+class Stack:
+    """Parameters laid end to end in one buffer, cut into chunks of one unit a rank, and their gradients in another.
+
+    The parameters become views of `work`, (chunks, ranks, unit), their gradients of a like buffer in grad_dtype; the end is
+    padded with zeros to a whole chunk. Rank r owns unit r of each chunk: `own`, (chunks, unit), in the parameters' first dtype,
+    which stays exact where work is rounded to dtype. Chunks are reduced as their last gradient arrives and gathered when updated.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], unit: int | None, world: World, dtype: torch.dtype, grad_dtype: torch.dtype):
+        numel = sum(p.numel() for p in parameters)
+        unit = unit or math.ceil(numel / world.size)
+        self.chunks = math.ceil(numel / (unit * world.size))
+        self.world, self.armed, self.handles = world, False, []
+        exact = torch.zeros(self.chunks, world.size, unit, dtype=parameters[0].dtype, device=world.device)
+        exact.view(-1)[:numel].copy_(torch.cat([p.data.flatten() for p in parameters]))
+        self.work = exact.to(dtype)
+        self.own = self.work[:, world.rank] if dtype == exact.dtype else exact[:, world.rank].clone()
+        self.grad = torch.zeros_like(exact, dtype=grad_dtype)
+        self.own_grad = self.grad[:, 0] if world.size == 1 else torch.zeros_like(self.grad[:, 0])
+        self.members = [set() for _ in range(self.chunks)]  # the parameters with a part in each chunk
+        start = 0
+        for p in parameters:
+            end = start + p.numel()
+            for chunk in range(start // (unit * world.size), math.ceil(end / (unit * world.size))):
+                self.members[chunk].add(p)
+            p.data = self.work.view(-1)[start:end].view_as(p)
+            p.grad_dtype = grad_dtype
+            p.grad = self.grad.view(-1)[start:end].view_as(p)
+            if world.size > 1:
+                p.register_post_accumulate_grad_hook(self._arrived)
+            start = end
+
+    def arm(self):
+        """Before the last backward pass of a step: from now on, reduce each chunk as soon as its gradients are whole."""
+        self.missing, self.armed = [set(members) for members in self.members], self.world.size > 1
+
+    def _arrived(self, parameter: nn.Parameter):
+        if self.armed:
+            for chunk, missing in enumerate(self.missing):
+                if parameter in missing:
+                    missing.remove(parameter)
+                    if not missing:
+                        self._reduce(chunk)
+
+    def _reduce(self, chunk: int):
+        self.handles.append(dist.reduce_scatter_tensor(self.own_grad[chunk], self.grad[chunk].view(-1), async_op=True))
+
+    def finish_reduce(self):
+        """After that backward pass: reduce what no hook announced, in the same order on every rank, and wait for all."""
+        if self.armed:
+            for chunk, missing in enumerate(self.missing):
+                if missing:
+                    self._reduce(chunk)
+        self.armed = False
+        self.wait()
+
+    def publish(self):
+        """After the update of `own`: start to send it to every rank's `work`; `wait` ends it. Gradients begin at zero again."""
+        if self.own.data_ptr() != self.work[:, self.world.rank].data_ptr():
+            self.work[:, self.world.rank].copy_(self.own)
+        self.grad.zero_()
+        if self.world.size > 1:
+            for chunk in self.work:
+                self.handles.append(dist.all_gather_into_tensor(chunk.view(-1), chunk[self.world.rank], async_op=True))
+
+    def wait(self):
+        for handle in self.handles:
+            handle.wait()
+        self.handles.clear()
+
+
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(u: Tensor) -> Tensor:
+    """Near the orthogonal polar factor of each matrix (..., rows, cols), in u's dtype (Polar Express, arXiv 2505.16932)."""
+    x = u.flatten(0, -3)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        A = x @ x.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        x = torch.baddbmm(x, B, x, beta=a)
+    return (x.mT if tall else x).view_as(u)
+
+
+def normuon_update(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, lr_mul: Tensor, decay: float, momentum: float, beta2: float, dtype: torch.dtype
+):
+    """Update matrices w (..., rows, cols), momentum m (alike) and second moment v (..., 1, cols) in place, by gradient g.
+
+    Nesterov momentum, the polar factor in dtype, a second moment per column (NorMuon, arXiv 2510.05491) that keeps the
+    Frobenius norm, and cautious weight decay (arXiv 2510.12402). lr_mul: (..., 1, 1), not applied to the decay.
+    """
+    m.lerp_(g, 1 - momentum)
+    u = polar_express(g.lerp(m, momentum).to(dtype))
+    mean = u.float().square().mean(-2, keepdim=True)
+    v.lerp_(mean.to(v.dtype), 1 - beta2)
+    floored = v.float().clamp(min=1e-10)
+    rows = w.size(-2)
+    before = (rows * mean.sum(-1, keepdim=True)).sqrt()
+    after = (rows * (mean / floored).sum(-1, keepdim=True)).sqrt()
+    u = u * (floored.rsqrt() * (before / after.clamp(min=1e-10)))
+    u += (lr * decay) * w * (u * w >= 0)
+    w -= (lr * max(1, rows / w.size(-1)) ** 0.5) * lr_mul * u
+
+
+class NorMuon:
+    """NorMuon for the hidden matrices, one stack of equal shape, and for the gates. Steps every step."""
+
+    def __init__(self, model: GPT, s: Hyperparameters, world: World):
+        self.s, self.world, self.stacks, self.parts = s, world, [], []
+        order = list(reversed(model.slots))  # as the backward pass reaches them
+        # Each matrix with the number of square ones that it holds and its learning rate factor.
+        hidden = [entry for slot in order for w_out, w_in in zip(slot.mlp_out, slot.mlp_in, strict=True)
+                  for entry in ((w_out, 1, 1.0), (w_in, 1, s.mlp_in_lr_mul))]  # fmt: skip
+        hidden += [(p, 4, 1.0) for slot in order for p in slot.attention]
+        gates = [(p, 1, 1.0) for slot in order for p in slot.gate]
+        for entries in filter(None, (hidden, gates, [(model.smear_gate, 1, 1.0)])):
+            parameters = [p for p, _, _ in entries]
+            self.stacks.append(Stack(parameters, parameters[0].numel(), world, world.dtype, world.dtype))
+            mine = enumerate(entries[world.rank :: world.size])
+            runs = (list(run) for _, run in itertools.groupby(mine, key=lambda entry: entry[1][1]))
+            self.parts.append([self._part(self.stacks[-1], run) for run in runs])
+
+    def _part(self, stack: Stack, run: list):
+        """Views (n, squares, rows, cols) of this rank's matrices of one kind and their gradients, with their state."""
+        (first, (p, squares, _)), last = run[0], run[-1][0]
+        rows, cols = p.size(0), p.size(1) // squares
+        w, g = (t[first : last + 1].view(-1, squares, rows, cols) for t in (stack.own, stack.own_grad))
+        lr_mul = torch.tensor([rate for _, (_, _, rate) in run], device=w.device).view(-1, 1, 1, 1)
+        return w, g, torch.zeros_like(w), torch.zeros_like(w[:, :, :1]), lr_mul
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that a step changes, but for the model's own."""
+        return [t for stack, parts in zip(self.stacks, self.parts, strict=True) for t in (stack.own, *(t for p in parts for t in p[2:4]))]
+
+    def step(self, lr: float, momentum: float):
+        """Update all matrices with the mean of the gradients summed over the step's micro-batches."""
+        s = self.s
+        for stack, parts in zip(self.stacks, self.parts, strict=True):
+            stack.finish_reduce()
+            for w, g, m, v, lr_mul in parts:
+                g = g.to(m.dtype) / s.micro_batches
+                normuon_update(w, g, m, v, lr, lr_mul, s.muon_weight_decay, momentum, s.muon_beta2, self.world.dtype)
+            stack.publish()
+
+
+def adam_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, beta1: float, beta2: float, t: int):
+    """The t-th Adam step (arXiv 1412.6980), in place, of parameters p by gradient g with moments m and v, all of one shape."""
+    m.lerp_(g, 1 - beta1)
+    v.lerp_(g.square(), 1 - beta2)
+    p -= m / (v.sqrt() + 1e-8) * (lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
+
+
+class DistAdam:
+    """Adam with its state sharded over the ranks, for embeddings, head and scalars. Steps on odd steps only."""
+
+    def __init__(self, model: GPT, s: Hyperparameters, world: World):
+        self.s = s
+        groups = [(model.head, s.head_lr_mul)] + [(p, s.embed_lr_mul) for p in (*model.values, model.embedding)]
+        groups += [(p, s.scalar_lr_mul) for p in (model.scalars, model.lambdas)]
+        self.stacks = [Stack([p], None, world, p.dtype, torch.float32) for p, _ in groups]
+        self.rates = [s.adam_lr * factor for _, factor in groups]
+        self.moments = [(torch.zeros_like(k.own, dtype=torch.float32), torch.zeros_like(k.own, dtype=torch.float32)) for k in self.stacks]
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that a step changes, but for the model's own."""
+        return [t for pair in self.moments for t in pair]
+
+    def step(self, lr_scale: float, t: int):
+        """The t-th update, t from 1, with the mean over micro-batches of the gradients gathered since the last."""
+        for stack, rate, (m, v) in zip(self.stacks, self.rates, self.moments, strict=True):
+            stack.finish_reduce()
+            g = stack.own_grad / self.s.micro_batches
+            adam_update(stack.own, g, m, v, rate * lr_scale, self.s.adam_beta1, self.s.adam_beta2, t)
+            stack.publish()
+
+
+# ======================================================================================================================
+# Data
+
+MAGIC, VERSION, HEADER = 20240520, 1, 256  # of a shard: that many little-endian int32, then uint16 tokens
+FETCH = "python data/cached_fineweb10B.py"
+
+
+def read_shard(path: str, vocab_size: int) -> np.ndarray:
+    """The tokens of a shard, uint16. Raises UsageError, naming the file, when it is not a whole shard of this vocabulary."""
+    try:
+        with open(path, "rb") as file:
+            header = np.fromfile(file, "<i4", HEADER)
+            tokens = np.fromfile(file, "<u2")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); fetch it again with: {FETCH}") from None
+    if len(header) < HEADER or header[0] != MAGIC:
+        found = header[0] if len(header) else "nothing"
+        raise UsageError(f"{path}: not a token shard (magic number {found}, want {MAGIC}); remove it and run: {FETCH}")
+    if header[1] != VERSION:
+        raise UsageError(f"{path}: shard version {header[1]}, want {VERSION}; remove it and run: {FETCH}")
+    if len(tokens) != header[2]:
+        raise UsageError(f"{path}: holds {len(tokens)} tokens where its header says {header[2]}; remove it and run: {FETCH}")
+    if len(tokens) and tokens.max() >= vocab_size:
+        raise UsageError(f"{path}: token {tokens.max()} is beyond the vocabulary; give a --vocab_size above it or other shards")
+    return tokens
+
+
+def find_shards(pattern: str, flag: str) -> list[str]:
+    """The shards that match a pattern, by name; raises UsageError when there is none."""
+    if not (paths := sorted(glob.glob(pattern))):
+        raise UsageError(f"--{flag}={pattern} matches no file; fetch FineWeb with: {FETCH}, or make the sample with: python data/sample.py")
+    return paths
+
+
+def pack(starts: np.ndarray, end: int, tokens: int, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack documents, given where each starts and where the last ends, into micro-batches of tokens + 1.
+
+    Each document gives its first max_len tokens at most. Returns the pieces' lengths (before the cut that fills a
+    micro-batch) and the first document of each micro-batch, with the end of the last one: documents cuts[i] to cuts[i+1].
+    """
+    lengths = np.minimum(np.diff(starts, append=end), max_len)
+    ends = np.cumsum(lengths)
+    cuts = [0]
+    while cuts[-1] < len(ends):
+        before = ends[cuts[-1] - 1] if cuts[-1] else 0
+        cut = int(np.searchsorted(ends, before + tokens + 1)) + 1
+        if cut > len(ends):
+            break
+        cuts.append(cut)
+    return lengths, np.array(cuts)
+
+
+def make_batch(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """A micro-batch from its T + 1 tokens and the places, from 0, where documents start: int32 (4, T), as the fields of Batch."""
+    T = len(tokens) - 1
+    bounds = np.append(starts[starts < T], T)
+    spans = np.diff(bounds)
+    return np.stack([tokens[:-1], tokens[1:], np.repeat(bounds[:-1], spans), np.repeat(bounds[1:] - 1, spans)]).astype(np.int32)
+
+
+class TrainLoader:
+    """BOS-aligned training batches: a pure function of the step, so the stream is the same for any world, and rewinds.
+
+    All shards that the run needs are indexed in the background from the start; tokens are read again when their shard's
+    turn comes, one shard ahead, and batches are made, pinned and sent to the device ahead of use.
+    """
+
+    def __init__(self, s: Hyperparameters, world: World):
+        self.s, self.world = s, world
+        self.paths = find_shards(s.train_files, "train_files")
+        self.readers, self.makers = ThreadPoolExecutor(2), ThreadPoolExecutor(1)
+        self.indexes = [self.readers.submit(self._index, path) for path in self.paths]
+        self.loads = {}
+
+    def _index(self, path: str):
+        """Document starts, piece lengths and micro-batch cuts of a shard."""
+        tokens = read_shard(path, self.s.vocab_size)
+        starts = np.flatnonzero(tokens == self.s.bos)
+        if not len(starts):
+            raise UsageError(f"{path}: holds no BOS token {self.s.bos}, so no document starts; give other --train_files or --vocab_size")
+        return starts, *pack(starts, len(tokens), self.s.train_tokens, self.s.train_max_seq_len)
+
+    def _steps(self, shard: int) -> int:
+        return (len(self.indexes[shard].result()[2]) - 1) // self.s.micro_batches
+
+    def check(self):
+        """Wait until the index covers the run; raise UsageError when the shards feed too few steps."""
+        steps = 0
+        for shard in range(len(self.paths)):
+            steps += self._steps(shard)
+            if steps >= self.s.total_steps:
+                return [index.cancel() for index in self.indexes[shard + 1 :]]
+        raise UsageError(f"--train_files={self.s.train_files} feeds {steps} steps of the {self.s.total_steps}; fetch more with: {FETCH} N"
+                         " (N shards, up to 103), or lower --num_scheduled_iterations")  # fmt: skip
+
+    def _tokens(self, shard: int) -> np.ndarray:
+        """A shard's tokens; the next shard begins to load, and earlier ones are let go."""
+        for near in range(shard, min(shard + 2, len(self.paths))):
+            if near not in self.loads:
+                self.loads[near] = self.readers.submit(read_shard, self.paths[near], self.s.vocab_size)
+        for done in [key for key in self.loads if key < shard]:
+            del self.loads[done]
+        return self.loads[shard].result()
+
+    def host_batches(self, step: int) -> Tensor:
+        """This rank's micro-batches of a step, int32 (micro-batches a rank, 4, T), in pinned memory where there is a GPU."""
+        shard = 0
+        while step >= self._steps(shard):
+            step, shard = step - self._steps(shard), shard + 1
+        tokens, (starts, lengths, cuts) = self._tokens(shard), self.indexes[shard].result()
+        count, room, batches = self.s.micro_batches // self.world.size, self.s.train_tokens + 1, []
+        first = step * self.s.micro_batches + self.world.rank * count
+        for i in range(first, first + count):
+            chosen = slice(cuts[i], cuts[i + 1])
+            pieces = [tokens[at : at + length] for at, length in zip(starts[chosen], lengths[chosen], strict=True)]
+            batches.append(make_batch(np.concatenate(pieces)[:room], np.cumsum(lengths[chosen]) - lengths[chosen]))
+        batches = torch.from_numpy(np.stack(batches))
+        return batches.pin_memory() if self.world.device.type == "cuda" else batches
+
+    def stream(self, step: int, end: int):
+        """Yield each step's list of Batch on the device; the next step's is on its way, and two more are being made."""
+        made = deque(self.makers.submit(self.host_batches, i) for i in range(step, min(step + 3, end)))
+        send = lambda: made.popleft().result().to(self.world.device, non_blocking=True)  # noqa: E731
+        ready = send()
+        for i in range(step, end):
+            if i + 3 < end:
+                made.append(self.makers.submit(self.host_batches, i + 3))
+            following = send() if made else None
+            yield [Batch(*micro_batch) for micro_batch in ready]
+            ready = following
+
+
+class ValLoader:
+    """The validation set, straight through the first shard: micro-batches that start a document at their first token and at every BOS."""
+
+    def __init__(self, s: Hyperparameters, world: World):
+        self.s, self.world = s, world
+        path = find_shards(s.val_files, "val_files")[0]
+        self.tokens = read_shard(path, s.vocab_size)
+        if len(self.tokens) <= s.val_tokens:
+            raise UsageError(f"{path}: holds {len(self.tokens)} tokens, but validation needs --val_tokens={s.val_tokens} and one more;"
+                             " lower it or give a larger --val_files")  # fmt: skip
+
+    def stream(self):
+        """Yield this rank's share of the micro-batches, each a Batch on the device."""
+        size = self.s.val_tokens_each
+        for start in range(self.world.rank * size, self.s.val_tokens, self.world.size * size):
+            tokens = self.tokens[start : start + size + 1]
+            starts = np.union1d([0], np.flatnonzero(tokens == self.s.bos))
+            yield Batch(*torch.from_numpy(make_batch(tokens, starts)).to(self.world.device))
+
+
+# ======================================================================================================================
+# Schedules: pure functions of the step
+
+
+def lr_scale(step: int, s: Hyperparameters) -> float:
+    """Factor of every learning rate: 1, then a linear fall over the last cooldown_frac of the scheduled steps."""
+    progress = min(0.9999, step / s.num_scheduled_iterations)
+    if progress < 1 - s.cooldown_frac:
+        return 1.0
+    left = (1 - progress) / s.cooldown_frac
+    return left + s.final_lr_scale * (1 - left)
+
+
+def muon_momentum(step: int, s: Hyperparameters) -> float:
+    """NorMuon's momentum: a rise at the start, which goes first in a short run, and a fall at the end."""
+    span, falling = s.momentum_high - s.momentum_low, s.total_steps - s.momentum_cooldown
+    if step < s.momentum_warmup:
+        return s.momentum_low + span * step / s.momentum_warmup
+    if step > falling:
+        return s.momentum_high - span * (step - falling) / s.momentum_cooldown
+    return s.momentum_high
+
+
+def window_blocks(step: int, s: Hyperparameters) -> tuple[int, int]:
+    """(short, long) attention windows in blocks, when training begins the step."""
+    if step >= s.num_scheduled_iterations:
+        return parse_window(s, "extension_window")
+    table = window_table(s)
+    return table[step * len(table) // s.num_scheduled_iterations]
+
+
+# ======================================================================================================================
+# Log
+
+SEPARATOR = "=" * 100
+
+
+def seconds_since_launch() -> float:
+    """Age of this process in seconds, by the kernel's clock where /proc has it, else since this module was imported."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.perf_counter() - IMPORTED
+
+
+class Log:
+    """The run's log file, which rank 0 writes a line at a time, and the console: a bar on a terminal, else the same lines."""
+
+    def __init__(self, s: Hyperparameters, world: World):
+        self.path, self.file, self.bar = None, None, None
+        if world.rank == 0:
+            self.path = Path(s.log_dir) / f"{time.strftime('%Y-%m-%dT%H-%M-%SZ', time.gmtime())}_{uuid.uuid4().hex[:8]}.txt"
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(self.path, "x", buffering=1, encoding="utf-8")
+            except OSError as error:
+                raise UsageError(f"--log_dir={s.log_dir} cannot be written ({error.strerror}); give another folder") from None
+            if sys.stdout.isatty():
+                self.bar = tqdm(total=s.total_steps, unit="step", dynamic_ncols=True, file=sys.stdout)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.file:
+            if error is not None:
+                self.file.write(f"stopped: {error or kind.__name__}\n")
+            self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+
+    def write(self, text: str, show: bool = True):
+        """A line, or several, for the file and, if shown, for the console."""
+        if self.file:
+            self.file.write(text + "\n")
+            if show and self.bar is not None:
+                self.bar.write(text, file=sys.stdout)
+            elif show:
+                print(text, flush=True)
+
+    def step(self, text: str, step: int):
+        """The line of a training step, for which a terminal only moves its bar."""
+        self.write(text, show=self.bar is None)
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+
+def describe_machine(world: World) -> str:
+    """Versions, devices and the head's precision, for the log."""
+    gpu = world.device.type == "cuda"
+    head = "fp8 in training, bf16 in validation" if world.fp8 else "bf16 (this chip has no FP8)" if gpu else "float32"
+    lines = [
+        f"Python {sys.version}",
+        f"PyTorch {torch.__version__} Triton {triton.__version__} CUDA {torch.version.cuda}",
+        f"devices: {world.size} x {torch.cuda.get_device_name(world.device) if gpu else 'CPU process'}",
+        f"head: {head}",
+    ]
+    if gpu and shutil.which("nvidia-smi"):
+        lines.append(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout.rstrip())
+    return "\n".join(lines)
+
+
+class Meter:
+    """The training clock, which stops for validation, and the watch over the losses.
+
+    A step's time and loss are read once the device has passed it, a few steps later, so training never waits for them.
+    """
+
+    LAG = 8  # steps after which a loss is waited for
+
+    def __init__(self, log: Log, total_steps: int, device: torch.device):
+        self.log, self.total_steps, self.gpu = log, total_steps, device.type == "cuda"
+        self.before, self.pending = 0.0, deque()  # ms on the clock when it last started; steps not yet reported
+
+    def _now(self):
+        if not self.gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _train_time(self, now) -> float:
+        return self.before + (self.origin.elapsed_time(now) if self.gpu else 1000 * (now - self.origin))
+
+    def start(self):
+        self.origin = self._now()
+
+    def stop(self) -> float:
+        """Wait for the device, report every step that it has passed, and return the training time so far in ms."""
+        now = self._now()
+        if self.gpu:
+            now.synchronize()
+        self.report(0)
+        self.before = self._train_time(now)
+        return self.before
+
+    def step(self, step: int, loss: Tensor):
+        """Note that `step` steps are queued on the device and that the last of them gives this mean loss."""
+        host = torch.empty((), pin_memory=self.gpu)
+        host.copy_(loss, non_blocking=True)
+        self.pending.append((step, host, self._now()))
+        self.report(self.LAG)
+
+    def report(self, lag: int):
+        """Log the steps that are done, waiting while more than lag are not; raise UsageError at a loss that is not finite."""
+        while self.pending:
+            step, loss, mark = self.pending[0]
+            if self.gpu and len(self.pending) <= lag and not mark.query():
+                return
+            if self.gpu:
+                mark.synchronize()
+            self.pending.popleft()
+            ms = self._train_time(mark)
+            self.log.step(f"step:{step}/{self.total_steps} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms", step)
+            if not math.isfinite(loss.item()):
+                raise UsageError(f"the loss of step {step} is {loss.item()}, not finite; lower the learning rates (log: {self.log.path})")
+
+
+# ======================================================================================================================
+# Main
+
+
+def connect() -> World:
+    """Join the processes that torchrun started, if it did; raises UsageError when they are more than the GPUs."""
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    gpus, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus and local_size > gpus:
+        raise UsageError(f"--nproc_per_node={local_size}, but this machine has {gpus} GPUs; start at most {gpus} processes")
+    device = torch.device("cuda", local) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
+    return World(rank, size, device)
+
+
+class Trainer:
+    """The model and its optimizers, and what one step does with them."""
+
+    def __init__(self, s: Hyperparameters, world: World):
+        if s.micro_batches % world.size:
+            raise UsageError(f"--micro_batches={s.micro_batches} cannot be dealt to {world.size} processes; give a multiple of {world.size}")
+        head_dim = s.model_dim // s.num_heads
+        if world.device.type == "cuda" and (head_dim < 16 or head_dim & (head_dim - 1) or s.model_dim % 16):
+            raise UsageError(f"--num_heads={s.num_heads} makes heads {head_dim} wide; a GPU needs a power of two of at least 16")
+        self.s, self.world = s, world
+        self.model = GPT(s, world)
+        self.normuon, self.adam = NorMuon(self.model, s, world), DistAdam(self.model, s, world)
+
+    def train_step(self, step: int, batches: list[Batch], windows: tuple[int, int]) -> Tensor:
+        """One step over this rank's micro-batches; returns the mean loss of the whole step, a scalar on the device."""
+        self.model.train()
+        total = 0.0
+        for i, batch in enumerate(batches):
+            if i == len(batches) - 1:
+                for stack in self.normuon.stacks + (self.adam.stacks if step % 2 else []):
+                    stack.arm()
+            loss = self.model(batch, windows).sum()
+            loss.backward()
+            total = total + loss.detach()
+        scale = lr_scale(step, self.s)
+        self.normuon.step(self.s.muon_lr * scale, muon_momentum(step, self.s))
+        if step % 2:
+            self.adam.step(scale, t=step // 2 + 1)
+        for stack in self.normuon.stacks + self.adam.stacks:
+            stack.wait()
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return total / self.s.train_batch_size
+
+    @torch.no_grad()
+    def validate(self, batches, windows: tuple[int, int]) -> float:
+        """Mean over the validation micro-batches of their mean loss, nats a token."""
+        self.model.eval()
+        losses = torch.stack([self.model(batch, windows).mean() for batch in batches])
+        total = torch.stack([losses.sum(), losses.new_tensor(float(len(losses)))])
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    @torch.no_grad()
+    def warm_up(self, train: TrainLoader, val: ValLoader):
+        """Run throw-away steps and a validation micro-batch, which compile all that the run will use; then rewind."""
+        steps = min(self.s.warmup_steps, self.s.total_steps)
+        if not steps:
+            return
+        state = [*self.model.parameters(), *self.model.buffers(), *self.normuon.state(), *self.adam.state()]
+        saved = [tensor.to("cpu", copy=True) for tensor in state]
+        windows = to_tokens(window_blocks(0, self.s))
+        with torch.enable_grad():
+            for step, batches in enumerate(train.stream(0, steps)):
+                self.train_step(step, batches, windows)
+        self.validate(itertools.islice(val.stream(), 1), windows)
+        for tensor, value in zip(state, saved, strict=True):
+            tensor.copy_(value)
+        for stack in self.normuon.stacks + self.adam.stacks:
+            stack.grad.zero_()
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def to_tokens(blocks: tuple[int, int]) -> tuple[int, int]:
+    return blocks[0] * WINDOW_BLOCK, blocks[1] * WINDOW_BLOCK
+
+
+def final_report(trainer: Trainer) -> str:
+    """Peak memory and the final lambdas, for the end of the log."""
+    gpu = trainer.world.device.type == "cuda"
+    allocated, reserved = (f() >> 20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)) if gpu else (0, 0)
+    lines = [f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB"]
+    for i, row in enumerate(trainer.model.lambdas.tolist()):
+        lines.append(f"layer {i}: " + " ".join(f"{name}={value:.4f}" for name, value in zip(("a", "b", "l0", "l1"), row, strict=True)))
+    smear, backout, *gates = trainer.model.scalars.tolist()
+    skips = "".join(f" skip {a}-{b}={gate:.4f}" for (a, b), gate in zip(trainer.model.skips, gates, strict=True))
+    return "\n".join([*lines, f"smear={smear:.4f} backout={backout:.4f}{skips}"])
+
+
+def run(s: Hyperparameters, world: World):
+    """The whole run: set up, warm up and rewind, then train and validate, then report."""
+    train, val = TrainLoader(s, world), ValLoader(s, world)
+    with Log(s, world) as log:
+        log.write(f"{Path(__file__).read_text()}\n{SEPARATOR}\n{describe_machine(world)}", show=False)
+        log.write(f"{describe_settings(s)}", show=False)
+        began = seconds_since_launch()
+        trainer = Trainer(s, world)
+        train.check()
+        built = seconds_since_launch()
+        trainer.warm_up(train, val)
+        ready = seconds_since_launch()
+        log.write(f"start: {ready:.1f} s from launch to step 0 (import {began:.1f}, build {built - began:.1f}, warm-up {ready - built:.1f})")
+        log.write(SEPARATOR, show=False)
+        if log.path:
+            log.write(f"log: {log.path}")
+
+        meter, stream = Meter(log, s.total_steps, world.device), train.stream(0, s.total_steps)
+        meter.start()
+        for step in range(s.total_steps + 1):
+            last = step == s.total_steps
+            blocks = parse_window(s, "final_window") if last else window_blocks(step, s)
+            if 0 < step < s.total_steps and blocks[1] != (old := window_blocks(step - 1, s)[1]):
+                trainer.model.rotary.extend(old, blocks[1])
+            if last or (s.val_loss_every and step % s.val_loss_every == 0):
+                ms = meter.stop()
+                loss = trainer.validate(val.stream(), to_tokens(blocks))
+                log.write(f"step:{step}/{s.total_steps} val_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
+                meter.start()
+            if not last:
+                meter.step(step + 1, trainer.train_step(step, next(stream), to_tokens(blocks)))
+        log.write(final_report(trainer))
+
+
+def main() -> int:
+    """Parse the flags and run; returns the exit code. A user's mistake ends in one line, from rank 0, and the code 2."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        settings = parse_settings(sys.argv[1:])
+        run(settings, connect())
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return 0
+    except UsageError as error:
+        message, code = str(error), 2
+    except torch.OutOfMemoryError:
+        message, code = "the GPU is out of memory; raise --micro_batches, which makes the packed sequences smaller", 1
+    except KeyboardInterrupt:
+        message, code = "stopped by Ctrl-C", 130
+    if first:
+        print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(code)  # the other ranks may be waiting in a collective, which an orderly end would join
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
