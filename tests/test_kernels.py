@@ -81,13 +81,23 @@ def test_loss(T, V, dtype, tolerance):
 
 
 def test_loss_fp8_gradient_and_its_transpose():
-    z, targets = 4 * torch.randn(70, 300), torch.randint(300, (70,), dtype=torch.int32)
+    z, targets = 4 * torch.randn(140, 300), torch.randint(300, (140,), dtype=torch.int32)
     loss, lse = train_gpt.loss_forward(z, targets)
-    wanted, _ = train_gpt.loss_backward(z, targets, lse, torch.ones(70), fp8=False)
-    dz, dzt = train_gpt.loss_backward(z, targets, lse, torch.ones(70), fp8=True)
+    wanted, _ = train_gpt.loss_backward(z, targets, lse, torch.ones(140), fp8=False)
+    dz, dzt = train_gpt.loss_backward(z, targets, lse, torch.ones(140), fp8=True)
     assert dz.dtype == dzt.dtype == torch.float8_e5m2
     assert torch.equal(dz.float(), dzt.float().t())
     assert relative(dz.float() * train_gpt.GRAD_SCALE, wanted) < 0.1  # e5m2 has two bits of mantissa
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (140, 70), (256, 64)])
+def test_quantize(shape):
+    x = torch.randn(shape).bfloat16() * 200
+    wanted, wanted_t = (y.float() for y in train_gpt.quantize_reference(x, 0.5))
+    found, found_t = (y.float() for y in train_gpt.quantize(x, 0.5))
+    assert torch.equal(found_t, found.t()) and torch.equal(wanted_t, wanted.t())
+    assert ((found - wanted).abs() <= wanted.abs() / 8).all()  # the interpreter rounds ties away from zero
+    assert (found == wanted).float().mean() > 0.9
 
 
 def test_lookup_adds_to_the_gradient():
