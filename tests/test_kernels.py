@@ -90,14 +90,14 @@ def test_loss_fp8_gradient_and_its_transpose():
     assert relative(dz.float() * train_gpt.GRAD_SCALE, wanted) < 0.1  # e5m2 has two bits of mantissa
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (140, 70), (256, 64)])
+@pytest.mark.parametrize("shape", [(1, 3), (140, 70), (256, 64)])
 def test_quantize(shape):
-    x = torch.randn(shape).bfloat16() * 200
-    wanted, wanted_t = (y.float() for y in train_gpt.quantize_reference(x, 0.5))
-    found, found_t = (y.float() for y in train_gpt.quantize(x, 0.5))
-    assert torch.equal(found_t, found.t()) and torch.equal(wanted_t, wanted.t())
-    assert ((found - wanted).abs() <= wanted.abs() / 8).all()  # the interpreter rounds ties away from zero
-    assert (found == wanted).float().mean() > 0.9
+    """On numbers that e4m3 holds, and on some beyond its range: the interpreter does not round as a GPU does."""
+    x = torch.randn(shape).to(torch.float8_e4m3fn).to(torch.bfloat16)
+    x[0, 0], x[-1, -1] = 300.0, -300.0
+    for found, wanted in zip(train_gpt.quantize(x, 0.5), train_gpt.quantize_reference(x, 0.5), strict=True):
+        assert torch.equal(found.float(), wanted.float())
+    assert wanted[0, 0] == 448 and wanted[-1, -1] == -448
 
 
 def test_lookup_adds_to_the_gradient():
