@@ -3,8 +3,8 @@
     python data/sample.py
 
 Documents are the source files of the running Python's own standard library, each a BOS (256) and then its bytes, in the
-shard format of FineWeb's (README.md). They are shuffled and written over again, in a new order, until each training shard
-is full, so a machine whose Python comes without its tests gets as many tokens. The losses depend on the Python version.
+shard format of FineWeb's. A training shard holds DOCUMENTS of them, shuffled; where the library is
+smaller, because it came without its tests, it is gone through again in a new order. The losses depend on the Python version.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 MAGIC, VERSION, BOS = 20240520, 1, 256
-SHARDS, SHARD_TOKENS, VAL_TOKENS = 2, 16_000_000, 262_144
+SHARDS, DOCUMENTS, VAL_TOKENS = 2, 1500, 262_144
 
 
 def source_files() -> list[Path]:
@@ -55,9 +55,9 @@ def main() -> int:
     write_shard(folder / "sample_val_000000.bin", val)
     for number in range(1, SHARDS + 1):
         documents = []
-        while sum(map(len, documents)) < SHARD_TOKENS:
+        while len(documents) < DOCUMENTS:
             shuffle(train)
-            documents += train
+            documents += train[: DOCUMENTS - len(documents)]
         write_shard(folder / f"sample_train_{number:06d}.bin", documents)
     return 0
 
