@@ -498,45 +498,65 @@ def _loss_kernel(z_ptr, target_ptr, loss_ptr, lse_ptr, V, CAP: tl.constexpr, SLO
 
 
 @triton.jit
-def _loss_backward_kernel(
-    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, dzt_ptr, T, V, INV_SCALE: tl.constexpr, CAP: tl.constexpr, SLOPE: tl.constexpr,
-    TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Gradient of z times INV_SCALE, in dz's dtype, and if wanted its transpose."""
-    # GROUP tiles of rows advance together: what runs at one time then lies close in all three arrays.
-    tiles, across = tl.cdiv(T, BM), tl.cdiv(V, BN)
-    first = tl.program_id(0) // (GROUP * across) * GROUP
-    group = tl.minimum(tiles - first, GROUP)
-    place = tl.program_id(0) % (GROUP * across)
-    rows = (first + place % group).to(tl.int64) * BM + tl.arange(0, BM)
-    columns = (place // group).to(tl.int64) * BN + tl.arange(0, BN)
-    inside = (rows[:, None] < T) & (columns[None, :] < V)
-    z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
-    target = tl.load(target_ptr + rows, mask=rows < T, other=0)
-    slope = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0) * (INV_SCALE * CAP / SLOPE)
-    s = tl.sigmoid(z / SLOPE)
-    p = tl.exp(CAP * s - lse[:, None])
-    dz = (p - tl.where(columns[None, :] == target[:, None], 1.0, 0.0)) * (s * (1.0 - s)) * slope[:, None]
-    dz = dz.to(dz_ptr.dtype.element_ty)
-    tl.store(dz_ptr + rows[:, None] * V + columns[None, :], dz, mask=inside)
-    if TRANSPOSED:
-        tl.store(dzt_ptr + columns[:, None] * T + rows[None, :], tl.trans(dz), mask=(columns[:, None] < V) & (rows[None, :] < T))
+def _add_byte(words, x, BYTE):
+    """Append x, in FP8, to 32-bit words as their lowest byte; BYTE is 256."""
+    return words * BYTE + x.to(tl.uint8, bitcast=True)
 
 
 @triton.jit
-def _quantize_kernel(x_ptr, x8_ptr, x8t_ptr, R, C, INV_SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+def _loss_backward_kernel(
+    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, words_ptr, T, V, QUADS, BYTE, INV_SCALE: tl.constexpr,
+    CAP: tl.constexpr, SLOPE: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Gradient of z times INV_SCALE, for 4 BM rows, in dz's dtype; in FP8 its transpose too, in words of four rows."""
+    # GROUP tiles of rows advance together: what runs at one time then lies close in all three arrays.
+    tiles, across = tl.cdiv(T, 4 * BM), tl.cdiv(V, BN)
+    first = tl.program_id(0) // (GROUP * across) * GROUP
+    group = tl.minimum(tiles - first, GROUP)
+    place = tl.program_id(0) % (GROUP * across)
+    quads = (first + place % group).to(tl.int64) * BM + tl.arange(0, BM)
+    columns = (place // group).to(tl.int64) * BN + tl.arange(0, BN)
+    words = tl.zeros([BM, BN], tl.uint32)
+    for part in tl.static_range(3, -1, -1):
+        rows = 4 * quads + part
+        inside = (rows[:, None] < T) & (columns[None, :] < V)
+        z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
+        target = tl.load(target_ptr + rows, mask=rows < T, other=0)
+        slope = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0) * (INV_SCALE * CAP / SLOPE)
+        s = tl.sigmoid(z / SLOPE)
+        p = tl.exp(CAP * s - lse[:, None])
+        dz = (p - tl.where(columns[None, :] == target[:, None], 1.0, 0.0)) * (s * (1.0 - s)) * slope[:, None]
+        dz = dz.to(dz_ptr.dtype.element_ty)
+        tl.store(dz_ptr + rows[:, None] * V + columns[None, :], dz, mask=inside)
+        if FP8:
+            words = _add_byte(words, dz, BYTE)
+    if FP8:
+        at = columns[:, None] * QUADS + quads[None, :]
+        tl.store(words_ptr + at, tl.trans(words), mask=(columns[:, None] < V) & (quads[None, :] < QUADS))
+
+
+@triton.jit
+def _quantize_kernel(x_ptr, x8_ptr, words_ptr, R, C, QUADS, BYTE, INV_SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    quads = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = (rows[:, None] < R) & (columns[None, :] < C)
-    x = tl.load(x_ptr + rows[:, None] * C + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    x8 = tl.clamp(x * INV_SCALE, -448.0, 448.0).to(x8_ptr.dtype.element_ty)
-    tl.store(x8_ptr + rows[:, None] * C + columns[None, :], x8, mask=inside)
-    tl.store(x8t_ptr + columns[:, None] * R + rows[None, :], tl.trans(x8), mask=(columns[:, None] < C) & (rows[None, :] < R))
+    words = tl.zeros([BM, BN], tl.uint32)
+    for part in tl.static_range(3, -1, -1):
+        rows = 4 * quads + part
+        inside = (rows[:, None] < R) & (columns[None, :] < C)
+        x = tl.load(x_ptr + rows[:, None] * C + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        x8 = tl.clamp(x * INV_SCALE, -448.0, 448.0).to(x8_ptr.dtype.element_ty)
+        tl.store(x8_ptr + rows[:, None] * C + columns[None, :], x8, mask=inside)
+        words = _add_byte(words, x8, BYTE)
+    at = columns[:, None] * QUADS + quads[None, :]
+    tl.store(words_ptr + at, tl.trans(words), mask=(columns[:, None] < C) & (quads[None, :] < QUADS))
+
+
+BYTE = 256  # passed at run time: with it constant, ptxas of Triton 3.7.1 crashes or never ends
 
 
 def quantize_reference(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """x / scale (rows, columns) in e4m3, clamped to its range, and the transpose."""
+    """x / scale (rows, columns) in e4m3, clamped to its range, and the transpose; rows must be a multiple of 4."""
     x8 = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return x8, x8.t().contiguous()
 
@@ -545,7 +565,8 @@ def quantize(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The Triton twin of `quantize_reference`. FP8 products want both operands contiguous along the sum, hence the transpose."""
     R, C = x.shape
     x8, x8t = x.new_empty(R, C, dtype=torch.float8_e4m3fn), x.new_empty(C, R, dtype=torch.float8_e4m3fn)
-    _quantize_kernel[triton.cdiv(R, 128), triton.cdiv(C, 64)](x, x8, x8t, R, C, INV_SCALE=1 / scale, BM=128, BN=64, num_warps=4)
+    grid = (triton.cdiv(R, 128), triton.cdiv(C, 64))
+    _quantize_kernel[grid](x, x8, x8t.view(torch.int32), R, C, R // 4, BYTE, INV_SCALE=1 / scale, BM=32, BN=64, num_warps=4)
     return x8, x8t
 
 
@@ -553,19 +574,21 @@ def loss_forward(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The Triton twin of `loss_reference`: loss and log-sum-exp of each row, float32 (T,)."""
     T, V = z.shape
     loss, lse = z.new_empty(T, dtype=torch.float32), z.new_empty(T, dtype=torch.float32)
-    _loss_kernel[(T,)](z, targets, loss, lse, V, CAP=SOFTCAP, SLOPE=SOFTCAP_SLOPE, BLOCK=4096, num_warps=8)
+    _loss_kernel[(T,)](z, targets, loss, lse, V, CAP=SOFTCAP, SLOPE=SOFTCAP_SLOPE, BLOCK=2048, num_warps=4)
     return loss, lse
 
 
 def loss_backward(z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradient of z (T, classes), given that of each row's loss, in z's dtype; or in e5m2, divided by GRAD_SCALE, and its transpose."""
+    """Gradient of z (T, classes), given that of each row's loss, in z's dtype; or in e5m2, divided by GRAD_SCALE, and its transpose.
+
+    For e5m2, T must be a multiple of 4.
+    """
     T, V = z.shape
     dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
     dzt = dz.new_empty(V, T) if fp8 else None
-    BM, BN = 128, 64
-    _loss_backward_kernel[(triton.cdiv(T, BM) * triton.cdiv(V, BN),)](
-        z, targets, lse, dloss, dz, dzt, T, V, INV_SCALE=1 / GRAD_SCALE if fp8 else 1.0, CAP=SOFTCAP, SLOPE=SOFTCAP_SLOPE,
-        TRANSPOSED=fp8, BM=BM, BN=BN, GROUP=8, num_warps=4,
+    _loss_backward_kernel[(triton.cdiv(T, 128) * triton.cdiv(V, 64),)](
+        z, targets, lse, dloss, dz, dzt.view(torch.int32) if fp8 else None, T, V, T // 4, BYTE,
+        INV_SCALE=1 / GRAD_SCALE if fp8 else 1.0, CAP=SOFTCAP, SLOPE=SOFTCAP_SLOPE, FP8=fp8, BM=32, BN=64, GROUP=8, num_warps=4,
     )  # fmt: skip
     return dz, dzt
 
