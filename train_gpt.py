@@ -851,7 +851,7 @@ class Stack:
         numel = sum(p.numel() for p in parameters)
         unit = unit or math.ceil(numel / world.size)
         self.chunks = math.ceil(numel / (unit * world.size))
-        self.world, self.armed, self.handles = world, False, []
+        self.parameters, self.world, self.armed, self.handles = parameters, world, False, []
         exact = torch.zeros(self.chunks, world.size, unit, dtype=parameters[0].dtype, device=world.device)
         exact.view(-1)[:numel].copy_(torch.cat([p.data.flatten() for p in parameters]))
         self.work = exact.to(dtype)
@@ -1244,7 +1244,7 @@ class Log:
     def __exit__(self, kind, error, traceback):
         if self.file:
             if error is not None:
-                self.file.write(f"stopped: {error or kind.__name__}\n")
+                self.file.write(f"stopped: {str(error) or kind.__name__}\n")
             self.file.close()
         if self.bar is not None:
             self.bar.close()

@@ -1,0 +1,205 @@
+"""Whole runs, as users start them: the log, warm-up and rewind, several processes, and every way to stop early."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from shards import documents, tiny_flags, write_shard
+
+import train_gpt
+
+SCRIPT = Path(train_gpt.__file__)
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def run(flags, ranks=1):
+    command = [sys.executable] if ranks == 1 else [*TORCHRUN, f"--nproc_per_node={ranks}"]
+    return subprocess.run([*command, str(SCRIPT), *flags], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+
+
+def val_losses(text):
+    return [float(x) for x in re.findall(r"val_loss:([\d.]+)", text)]
+
+
+def only_log(folder):
+    (path,) = (folder / "logs").iterdir()
+    return path
+
+
+def test_log(tmp_path):
+    """The formats that people's tools read."""
+    done = run(tiny_flags(tmp_path))
+    assert done.returncode == 0, done.stderr
+    path = only_log(tmp_path)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\dZ_[0-9a-f]{8}\.txt", path.name)
+    text = path.read_text()
+    source, head, body = text.split("\n" + "=" * 100 + "\n")
+    assert source.rstrip() == SCRIPT.read_text().rstrip()
+    for part in ("Python 3.", "PyTorch 2.", "Triton 3.", "1 x CPU process", "head: float32", "seed=1337", "layer 11: window=long value=ve2 attention=1 mlp=1"):
+        assert part in head
+    assert re.search(r"^start: [\d.]+ s from launch to step 0", head, re.M)
+    steps = [line for line in body.splitlines() if line.startswith("step:")]
+    numbers = [int(re.match(r"step:(\d+)/20 ", line)[1]) for line in steps]
+    assert numbers == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15, 15, 16, 17, 18, 19, 20, 20]
+    val = [line for line in steps if "val_loss" in line]
+    assert len(val) == 5 and all(re.fullmatch(r"step:\d+/20 val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms", line) for line in val)
+    train = [line for line in steps if "val_loss" not in line]
+    assert len(train) == 20 and all(re.fullmatch(r"step:\d+/20 train_time:\d+ms step_avg:\d+\.\d\dms", line) for line in train)
+    times = [int(re.search(r"train_time:(\d+)ms", line)[1]) for line in steps]
+    assert times == sorted(times) and times[-1] > 0
+    report = body.splitlines()[-14:]
+    assert re.fullmatch(r"peak memory allocated: \d+ MiB reserved: \d+ MiB", report[0])
+    assert report[1] == "layer 0: a=1.1000 b=0.0000 l0=0.5000 l1=0.5000" and report[12].startswith("layer 11: a=")
+    assert val_losses(body)[0] == 5.9506 and val_losses(body)[-1] < 5.9
+    assert set(steps) <= set(done.stdout.splitlines())  # in a pipe the console shows the same lines
+
+
+def test_learns_and_repeats(tmp_path):
+    """Two runs are equal to the last digit, and a run without warm-up is equal to both: the rewind is exact."""
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=1"]
+    losses = [val_losses(run([*flags, *more]).stdout) for more in ([], [], ["--warmup_steps=0"], ["--warmup_steps=3"])]
+    assert len(losses[0]) == 21 and losses[0] == losses[1] == losses[2] == losses[3]
+
+
+def test_rewind_is_bitwise(tmp_path):
+    """Parameters, optimizer state, rotary tables and gradients after warm-up are those before it."""
+    s, world = train_gpt.parse_settings([*tiny_flags(tmp_path), "--warmup_steps=3"]), train_gpt.World()
+    trainer = train_gpt.Trainer(s, world)
+    stacks = trainer.normuon.stacks + trainer.adam.stacks
+    state = [*trainer.model.state_dict().values(), *trainer.normuon.state(), *trainer.adam.state(), *(stack.grad for stack in stacks)]
+    before = [t.clone() for t in state]
+    trainer.warm_up(train_gpt.TrainLoader(s, world), train_gpt.ValLoader(s, world))
+    assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_processes_agree(tmp_path, ranks):
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=1"]
+    alone, together = run(flags), run(flags, ranks)
+    assert together.returncode == 0, together.stderr
+    a, b = val_losses(alone.stdout), val_losses(together.stdout)
+    assert len(a) == len(b) == 21 and max(abs(x - y) for x, y in zip(a, b, strict=True)) <= 1e-3
+    assert len(list((tmp_path / "logs").iterdir())) == 2  # only rank 0 writes one
+
+
+def test_import_runs_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", "import train_gpt"], cwd=SCRIPT.parent, capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def refused(done, *says, code=2):
+    """It ended in one line on stderr that says so, with nothing lost and no traceback."""
+    assert done.returncode == code
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("train_gpt.py: ") and all(part in line for part in says), line
+
+
+def test_unknown_flag():
+    refused(run(["--sed=1"]), "--sed", "did you mean --seed?")
+
+
+def test_wrong_type():
+    refused(run(["--seed=x"]), "--seed", "invalid int value")
+
+
+def test_no_shards(tmp_path):
+    refused(run([f"--train_files={tmp_path}/none_*.bin"]), "--train_files", "matches no file", "cached_fineweb10B.py")
+
+
+def test_bad_shard(tmp_path):
+    flags = tiny_flags(tmp_path)
+    path = write_shard(tmp_path / "train_0.bin", documents(100, 60), magic=1)
+    refused(run(flags), path, "magic number 1")
+
+
+def test_too_few_tokens(tmp_path):
+    refused(run([*tiny_flags(tmp_path), "--num_scheduled_iterations=3000"]), "feeds", "steps of the 3002", "cached_fineweb10B.py N")
+
+
+def test_validation_too_short(tmp_path):
+    refused(run([*tiny_flags(tmp_path), "--val_tokens=51200"]), "val_0.bin", "--val_tokens=51200")
+
+
+def test_log_folder(tmp_path):
+    (tmp_path / "file").touch()
+    refused(run([*tiny_flags(tmp_path), f"--log_dir={tmp_path}/file/logs"]), "--log_dir=", "cannot be written")
+
+
+def test_world_does_not_divide_the_micro_batches(tmp_path):
+    done = run([*tiny_flags(tmp_path), "--micro_batches=1"], ranks=2)
+    assert done.returncode != 0 and done.stderr.count("train_gpt.py: --micro_batches=1 cannot be dealt to 2 processes") == 1
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(train_gpt.UsageError, match="--nproc_per_node=3, but this machine has 2 GPUs"):
+        train_gpt.connect()
+
+
+def test_loss_not_finite(tmp_path):
+    """An absurd learning rate: the run names the step within ten of it and keeps its log."""
+    done = run([*tiny_flags(tmp_path), "--muon_lr=1e30", "--val_loss_every=0"])
+    refused(done, "not finite", "lower the learning rates")
+    named = int(re.search(r"the loss of step (\d+) is", done.stderr)[1])
+    text = only_log(tmp_path).read_text()
+    assert f"step:{named}/20 train_time" in text and f"step:{named + 10}/20" not in text and "stopped: the loss of step" in text
+
+
+def alive(group):
+    """Processes of a process group that still run."""
+    found = subprocess.run(["ps", "-eo", "pgid=,pid=,stat="], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in found if int(line.split()[0]) == group and not line.split()[2].startswith("Z")]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c(tmp_path, ranks):
+    """SIGINT to the foreground group, as a terminal sends it: a readable log, and nobody is left."""
+    flags = [*tiny_flags(tmp_path), "--model_dim=128", "--num_heads=4"]
+    command = [sys.executable] if ranks == 1 else [*TORCHRUN, f"--nproc_per_node={ranks}"]
+    child = subprocess.Popen([*command, str(SCRIPT), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)  # fmt: skip
+    for line in child.stdout:
+        if line.startswith("step:2/"):
+            break
+    os.killpg(child.pid, signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode != 0 and (ranks > 1 or child.returncode == 130)
+    assert "train_gpt.py: stopped by Ctrl-C" in errors and (ranks > 1 or "Traceback" not in errors)
+    text = only_log(tmp_path).read_text()
+    assert "step:2/20 train_time" in text and text.rstrip().splitlines()[-1].startswith("stopped: KeyboardInterrupt")
+    deadline = time.time() + 20
+    while alive(child.pid) and time.time() < deadline:
+        time.sleep(0.2)
+    assert not alive(child.pid)
+
+
+def test_terminal_shows_a_bar(tmp_path):
+    """On a terminal: a bar and the validation lines, but no line a step; the log has them all."""
+    terminal, side = pty.openpty()
+    child = subprocess.Popen([sys.executable, str(SCRIPT), *tiny_flags(tmp_path)], stdout=side, stderr=side, env=ENVIRONMENT | {"COLUMNS": "100"})
+    os.close(side)
+    shown = b""
+    while select.select([terminal], [], [], 60)[0]:
+        try:
+            shown += os.read(terminal, 65536)
+        except OSError:  # the other end is closed
+            break
+    assert child.wait(timeout=60) == 0
+    shown = shown.decode()
+    assert "20/20" in shown and "step:20/20 val_loss" in shown and not re.search(r"step:\d+/20 train_time", shown)
+    assert len(re.findall(r"^step:\d+/20 train_time", only_log(tmp_path).read_text(), re.M)) == 20
+
+
+def test_two_runs_never_share_a_log(tmp_path):
+    s, world = train_gpt.parse_settings(tiny_flags(tmp_path)), train_gpt.World()
+    with train_gpt.Log(s, world) as a, train_gpt.Log(s, world) as b:
+        assert a.path != b.path

@@ -1,0 +1,86 @@
+"""Flags, presets, the layer table: what they accept, and the one line with which they refuse the rest."""
+
+import dataclasses
+
+import pytest
+
+import train_gpt
+from train_gpt import UsageError, layer_table, parse_settings, skip_table
+
+
+def test_every_field_is_a_flag_and_in_the_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for f in dataclasses.fields(train_gpt.Hyperparameters):
+        assert f"--{f.name} " in text and f.metadata["help"] in text and f"[{f.default if f.default != '' else '(none)'}]" in text
+
+
+def test_defaults_are_the_record():
+    s = parse_settings([])
+    assert (s.total_steps, s.train_batch_size, s.train_tokens, s.val_tokens_each, s.bos) == (2225, 262_144, 32_768, 262_144, 50_256)
+
+
+def test_flags_go_over_the_preset():
+    s = parse_settings(["--seed", "5", "--preset=sample", "--model_dim=64", "--num_heads=2", "--muon_lr=0.5"])
+    assert (s.seed, s.model_dim, s.vocab_size, s.muon_lr) == (5, 64, 257, 0.5)
+
+
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--sed=1", "unknown flag --sed; did you mean --seed?"),
+        ("--val_tokenz=1", "did you mean --val_tokens?"),
+        ("--seed=1.5", "--seed: invalid int value: '1.5'"),
+        ("--muon_lr=fast", "--muon_lr: invalid float value: 'fast'"),
+        ("--muon_lr=nan", "--muon_lr=nan"),
+        ("--adam_beta1=1.0", "below 1"),
+        ("--seed=-1", "--seed=-1"),
+        ("--micro_batches=0", "--micro_batches=0"),
+        ("--micro_batches=3", "--train_batch_size=262144 is not a multiple of --micro_batches=3"),
+        ("--val_tokens=1000", "--val_tokens=1000 is not a multiple of --val_batch_size"),
+        ("--num_heads=5", "--model_dim=768"),
+        ("--vocab_size=70000", "--vocab_size=70000"),
+        ("--preset=fast", "--preset=fast is not known; choose from record, sample"),
+        ("--cooldown_frac=1.5", "--cooldown_frac=1.5"),
+        ("--layers=12.mlp=0", "cannot read '12.mlp=0'"),
+        ("--layers=5.window=wide", "cannot read '5.window=wide'"),
+        ("--layers=5.depth=1", "cannot read '5.depth=1'"),
+        ("--layers=5", "cannot read '5'"),
+        ("--layers=5.mlp=-1", "cannot read '5.mlp=-1'"),
+        ("--skips=8-3", "cannot read '8-3'"),
+        ("--skips=3", "cannot read '3'"),
+        ("--backout=12", "--backout=12"),
+        ("--windows=3", "--windows: cannot read '3'"),
+        ("--final_window=6/x", "--final_window: cannot read '6/x'"),
+        ("stray", "unknown flag stray"),
+    ],
+)  # fmt: skip
+def test_refusals(flag, says):
+    with pytest.raises(UsageError) as error:
+        parse_settings([flag])
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_layer_table():
+    table = layer_table(parse_settings([]))
+    attention, mlp, window, value = ([getattr(layer, name) for layer in table] for name in ("attention", "mlp", "window", "value"))
+    assert attention == [0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1]
+    assert mlp == [0] + [1] * 11
+    assert [i for i in range(12) if attention[i] and window[i] == "long"] == [4, 11]
+    assert value == [-1, 1, 2, -1, -1, -1, -1, -1, -1, 0, 1, 2]
+
+
+def test_layer_changes():
+    s = parse_settings(["--layers=5.mlp=0,0.attention=2,3.window=long,9.value=-1", "--skips=4-7,3-8"])
+    table = layer_table(s)
+    assert (table[5].mlp, table[0].attention, table[3].window, table[9].value) == (0, 2, "long", -1)
+    assert skip_table(s) == ((4, 7), (3, 8))
+    text = train_gpt.describe_settings(s)
+    assert "layers=5.mlp=0," in text and "layer 5: window=short value=- attention=1 mlp=0" in text
+
+
+def test_no_path_left():
+    with pytest.raises(UsageError, match="no layer with a path"):
+        parse_settings(["--layers=" + ",".join(f"{i}.{name}=0" for i in range(12) for name in ("attention", "mlp"))])
