@@ -236,6 +236,8 @@ def skip_table(s: Hyperparameters) -> tuple[tuple[int, int], ...]:
         source, _, target = text.partition("-")
         if not (source.isdecimal() and target.isdecimal() and int(source) < int(target) < len(LAYERS)):
             raise UsageError(f"--skips: cannot read {text!r}; write FROM-TO, as 4-7, with FROM below TO below {len(LAYERS)}")
+        if not (layer_table(s)[int(target)].attention or layer_table(s)[int(target)].mlp):
+            raise UsageError(f"--skips: {text!r} ends at layer {target}, which has no path and so runs nothing; end it elsewhere")
         skips.append((int(source), int(target)))
     return tuple(skips)
 
@@ -300,10 +302,12 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: T
 
 
 @triton.jit
-def _scores(q, k, scale, first, rows, columns):
-    """Scaled scores in base 2, minus infinity where a key is not visible: the mask is first[row] <= column <= row."""
+def _scores(q, k, scale, first, rows, columns, masked):
+    """Scaled scores in base 2; in a tile that is masked, minus infinity unless first[row] <= column <= row."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    return tl.where((first[:, None] <= columns[None, :]) & (columns[None, :] <= rows[:, None]), scores, -float("inf"))
+    if masked:
+        scores = tl.where((first[:, None] <= columns[None, :]) & (columns[None, :] <= rows[:, None]), scores, -float("inf"))
+    return scores
 
 
 @triton.jit
@@ -322,12 +326,13 @@ def _attention_forward_kernel(
     top = tl.full([BM], -1e30, tl.float32)  # finite: a row may see nothing in its tile's first keys
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, D], tl.float32)
+    full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)  # from this key on, all rows see a key before them
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
         columns = n + tl.arange(0, BN)
         at_keys = (columns[:, None] * H + head) * D + d[None, :]
         k = tl.load(k_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
         v = tl.load(v_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
-        scores = _scores(q, k, scale, first, rows, columns)
+        scores = _scores(q, k, scale, first, rows, columns, (n < full) | (n + BN > start))
         new_top = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -359,12 +364,14 @@ def _attention_query_kernel(
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + head * T + rows, delta, mask=inside)
     dq = tl.zeros([BM, D], tl.float32)
+    full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)  # from this key on, all rows see a key before them
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
         columns = n + tl.arange(0, BN)
         at_keys = (columns[:, None] * H + head) * D + d[None, :]
         k = tl.load(k_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
         v = tl.load(v_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
-        p = tl.exp2(_scores(q, k, scale * 1.4426950408889634, first, rows, columns) - lse[:, None])
+        masked = (n < full) | (n + BN > start)
+        p = tl.exp2(_scores(q, k, scale * 1.4426950408889634, first, rows, columns, masked) - lse[:, None])
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -398,8 +405,9 @@ def _attention_key_kernel(
         delta = tl.load(delta_ptr + head * T + rows, mask=inside, other=0.0)
         first = tl.load(first_ptr + rows, mask=inside, other=T)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
-        visible = (first[None, :] <= columns[:, None]) & (columns[:, None] <= rows[None, :])
-        p = tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
+        p = tl.exp2(scores - lse[None, :])
+        if (m < start + BN) | (tl.load(first_ptr + tl.minimum(m + BM, T) - 1) > start):
+            p = tl.where((first[None, :] <= columns[:, None]) & (columns[:, None] <= rows[None, :]), p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
@@ -634,6 +642,21 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, fp8: bool) -> Tensor:
     return _HeadLoss.apply(x, weight, targets, fp8) if x.is_cuda else loss_reference(x @ weight.t(), targets)
 
 
+@triton.jit
+def _scatter_add_kernel(table_ptr, tokens_ptr, rows_ptr, C, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens_ptr + row).to(tl.int64)
+    x = tl.load(rows_ptr + row * C + columns, mask=columns < C, other=0.0).to(tl.float32)
+    tl.atomic_add(table_ptr + token * C + columns, x, mask=columns < C, sem="relaxed")
+
+
+def scatter_add(table: Tensor, tokens: Tensor, rows: Tensor):
+    """The Triton twin of `table.index_add_(0, tokens, rows)`, for a float32 table (classes, width) and rows (T, width) of any dtype."""
+    T, C = rows.shape
+    _scatter_add_kernel[T, triton.cdiv(C, 256)](table, tokens, rows, C, BLOCK=256, num_warps=2)
+
+
 class _Lookup(torch.autograd.Function):
     """Rows of a table, whose gradient is added straight into the table's .grad: no dense gradient is made on the way."""
 
@@ -645,9 +668,13 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        if ctx.table.grad is None:
-            ctx.table.grad = torch.zeros_like(ctx.table)
-        ctx.table.grad.index_add_(0, ctx.saved_tensors[0], dout.to(ctx.table.grad.dtype))
+        (tokens,), grad = ctx.saved_tensors, ctx.table.grad
+        if grad is None:
+            grad = ctx.table.grad = torch.zeros_like(ctx.table, dtype=ctx.table.grad_dtype)
+        if grad.is_cuda:
+            scatter_add(grad, tokens, dout.contiguous())
+        else:
+            grad.index_add_(0, tokens, dout)
         return None, None
 
 
@@ -738,8 +765,11 @@ def mlp_path(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     return F.linear(torch.relu(x @ w_in).square(), w_out)
 
 
-def block(x: Tensor, x0: Tensor, lambdas: Tensor, attention_paths, mlp_paths, value: Tensor | None, rotary, visible) -> Tensor:
-    """One layer slot: the residual stream x (T, width) mixed with x0, plus its attention paths, plus its MLP paths."""
+def block(x: Tensor, x0: Tensor, skips, lambdas: Tensor, attention_paths, mlp_paths, value: Tensor | None, rotary, visible) -> Tensor:
+    """One layer slot: the residual stream x (T, width), to which the long skips that end here (pairs of gate and tensor) come
+    first, mixed with x0, plus its attention paths, plus its MLP paths."""
+    for gate, kept in skips:
+        x = x + torch.sigmoid(gate) * kept
     a, b, l0, l1 = lambdas.unbind()
     x = a * x + b * x0
     if attention_paths:
@@ -751,6 +781,11 @@ def block(x: Tensor, x0: Tensor, lambdas: Tensor, attention_paths, mlp_paths, va
         for w_in, w_out in mlp_paths:
             x = x + mlp_path(normed, w_in, w_out)
     return x
+
+
+def leave(x: Tensor, backout: Tensor, kept: Tensor | None) -> Tensor:
+    """The head's input: the residual stream (T, width) without its share, backout, of an earlier layer's output; then norm."""
+    return norm(x if kept is None else x - backout * kept)
 
 
 class Slot(nn.Module):
@@ -798,11 +833,11 @@ class GPT(nn.Module):
         self.rotary = Rotary(width // s.num_heads, max(s.train_tokens, s.val_tokens_each), world.dtype)
         self.to(world.device)
         # One graph serves every layer of a kind and every window; evaluation runs it uncompiled.
-        self.compiled = [torch.compile(f, dynamic=False) if world.device.type == "cuda" else f for f in (embed, block)]
+        self.compiled = [torch.compile(f, dynamic=False) if world.device.type == "cuda" else f for f in (embed, block, leave)]
 
     def forward(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
         """Loss of each token of the batch, float32 (T,). windows: how many tokens back short and long layers see."""
-        embed_, block_ = self.compiled if self.training else (embed, block)
+        embed_, block_, leave_ = self.compiled if self.training else (embed, block, leave)
         at = torch.arange(len(batch.inputs), dtype=torch.int32, device=batch.inputs.device)
         visible = {
             name: (torch.maximum(batch.first, at - window), torch.minimum(batch.last, at + window))
@@ -815,19 +850,15 @@ class GPT(nn.Module):
         x = x0.view_as(x0)  # another tensor object, or the first block would be compiled for itself
         kept, wanted = {}, {self.backout_layer, *(source for source, _ in self.skips)}
         for i, (layer, slot, lambdas) in enumerate(zip(self.layers, self.slots, self.lambdas.unbind(), strict=True)):
-            for (source, target), gate in zip(self.skips, skip_gates, strict=True):
-                if target == i:
-                    x = x + torch.sigmoid(gate) * kept[source]
             if layer.attention or layer.mlp:
+                skips = tuple((gate, kept[a]) for (a, b), gate in zip(self.skips, skip_gates, strict=True) if b == i)
                 attention_paths = tuple(zip(slot.attention, slot.gate, strict=True))
                 mlp_paths = tuple(zip(slot.mlp_in, slot.mlp_out, strict=True))
                 value = values[layer.value] if layer.attention and layer.value >= 0 else None
-                x = block_(x, x0, lambdas, attention_paths, mlp_paths, value, rotary, visible[layer.window])
+                x = block_(x, x0, skips, lambdas, attention_paths, mlp_paths, value, rotary, visible[layer.window])
             if i in wanted:
                 kept[i] = x
-        if self.backout_layer >= 0:
-            x = x - backout * kept[self.backout_layer]
-        x = norm(x)
+        x = leave_(x, backout, kept.get(self.backout_layer))
         if self.training:
             return head_loss(x, self.head, batch.targets, self.fp8)
         # Evaluation: no FP8, and a slice at a time, since all logits at once would not fit.

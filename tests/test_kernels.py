@@ -100,6 +100,15 @@ def test_quantize(shape):
     assert wanted[0, 0] == 448 and wanted[-1, -1] == -448
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T, C", [(1, 5), (50, 300)])
+def test_scatter_add(T, C, dtype):
+    table, tokens, rows = torch.randn(9, C), torch.randint(9, (T,), dtype=torch.int32), torch.randn(T, C).to(dtype)
+    wanted = table.clone().index_add_(0, tokens, rows.float())
+    train_gpt.scatter_add(table, tokens, rows)
+    assert torch.allclose(table, wanted, atol=1e-5)
+
+
 def test_lookup_adds_to_the_gradient():
     table = torch.nn.Parameter(torch.randn(10, 4))
     tokens = torch.tensor([3, 3, 7], dtype=torch.int32)

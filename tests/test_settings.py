@@ -51,6 +51,7 @@ def test_flags_go_over_the_preset():
         ("--layers=5.mlp=-1", "cannot read '5.mlp=-1'"),
         ("--skips=8-3", "cannot read '8-3'"),
         ("--skips=3", "cannot read '3'"),
+        ("--layers=7.mlp=0", "'4-7' ends at layer 7, which has no path"),
         ("--backout=12", "--backout=12"),
         ("--windows=3", "--windows: cannot read '3'"),
         ("--final_window=6/x", "--final_window: cannot read '6/x'"),
