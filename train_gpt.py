@@ -364,14 +364,12 @@ def _attention_query_kernel(
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + head * T + rows, delta, mask=inside)
     dq = tl.zeros([BM, D], tl.float32)
-    full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)  # from this key on, all rows see a key before them
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
         columns = n + tl.arange(0, BN)
         at_keys = (columns[:, None] * H + head) * D + d[None, :]
         k = tl.load(k_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
         v = tl.load(v_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
-        masked = (n < full) | (n + BN > start)
-        p = tl.exp2(_scores(q, k, scale * 1.4426950408889634, first, rows, columns, masked) - lse[:, None])
+        p = tl.exp2(_scores(q, k, scale * 1.4426950408889634, first, rows, columns, True) - lse[:, None])
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -405,9 +403,8 @@ def _attention_key_kernel(
         delta = tl.load(delta_ptr + head * T + rows, mask=inside, other=0.0)
         first = tl.load(first_ptr + rows, mask=inside, other=T)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
-        p = tl.exp2(scores - lse[None, :])
-        if (m < start + BN) | (tl.load(first_ptr + tl.minimum(m + BM, T) - 1) > start):
-            p = tl.where((first[None, :] <= columns[:, None]) & (columns[:, None] <= rows[None, :]), p, 0.0)
+        visible = (first[None, :] <= columns[:, None]) & (columns[:, None] <= rows[None, :])
+        p = tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
@@ -506,17 +503,21 @@ def _loss_kernel(z_ptr, target_ptr, loss_ptr, lse_ptr, V, CAP: tl.constexpr, SLO
 
 
 @triton.jit
-def _add_byte(words, x, BYTE):
-    """Append x, in FP8, to 32-bit words as their lowest byte; BYTE is 256."""
-    return words * BYTE + x.to(tl.uint8, bitcast=True)
+def _e5m2_bits(x):
+    """The bits of x in e5m2, as uint32: float16's upper half, rounded to nearest even.
+
+    By hand, since ptxas of Triton 3.6 and 3.7 miscompiles, or never ends on, words put together from converted FP8.
+    """
+    half = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return (half + 127 + ((half >> 8) & 1)) >> 8
 
 
 @triton.jit
 def _loss_backward_kernel(
-    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, words_ptr, T, V, QUADS, BYTE, INV_SCALE: tl.constexpr,
+    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, words_ptr, T, V, QUADS, INV_SCALE: tl.constexpr,
     CAP: tl.constexpr, SLOPE: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of z times INV_SCALE, for 4 BM rows, in dz's dtype; in FP8 its transpose too, in words of four rows."""
+    """Gradient of z times INV_SCALE, for 4 BM rows, in dz's dtype; or in the bits of e5m2, and its transpose in words of four rows."""
     # GROUP tiles of rows advance together: what runs at one time then lies close in all three arrays.
     tiles, across = tl.cdiv(T, 4 * BM), tl.cdiv(V, BN)
     first = tl.program_id(0) // (GROUP * across) * GROUP
@@ -525,7 +526,7 @@ def _loss_backward_kernel(
     quads = (first + place % group).to(tl.int64) * BM + tl.arange(0, BM)
     columns = (place // group).to(tl.int64) * BN + tl.arange(0, BN)
     words = tl.zeros([BM, BN], tl.uint32)
-    for part in tl.static_range(3, -1, -1):
+    for part in tl.static_range(4):
         rows = 4 * quads + part
         inside = (rows[:, None] < T) & (columns[None, :] < V)
         z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -535,36 +536,28 @@ def _loss_backward_kernel(
         s = tl.sigmoid(z / SLOPE)
         p = tl.exp(CAP * s - lse[:, None])
         dz = (p - tl.where(columns[None, :] == target[:, None], 1.0, 0.0)) * (s * (1.0 - s)) * slope[:, None]
-        dz = dz.to(dz_ptr.dtype.element_ty)
-        tl.store(dz_ptr + rows[:, None] * V + columns[None, :], dz, mask=inside)
         if FP8:
-            words = _add_byte(words, dz, BYTE)
+            dz = _e5m2_bits(dz)
+            words |= dz << (8 * part)
+        tl.store(dz_ptr + rows[:, None] * V + columns[None, :], dz.to(dz_ptr.dtype.element_ty), mask=inside)
     if FP8:
         at = columns[:, None] * QUADS + quads[None, :]
         tl.store(words_ptr + at, tl.trans(words), mask=(columns[:, None] < V) & (quads[None, :] < QUADS))
 
 
 @triton.jit
-def _quantize_kernel(x_ptr, x8_ptr, words_ptr, R, C, QUADS, BYTE, INV_SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    quads = tl.program_id(0) * BM + tl.arange(0, BM)
+def _quantize_kernel(x_ptr, x8_ptr, x8t_ptr, R, C, INV_SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    words = tl.zeros([BM, BN], tl.uint32)
-    for part in tl.static_range(3, -1, -1):
-        rows = 4 * quads + part
-        inside = (rows[:, None] < R) & (columns[None, :] < C)
-        x = tl.load(x_ptr + rows[:, None] * C + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        x8 = tl.clamp(x * INV_SCALE, -448.0, 448.0).to(x8_ptr.dtype.element_ty)
-        tl.store(x8_ptr + rows[:, None] * C + columns[None, :], x8, mask=inside)
-        words = _add_byte(words, x8, BYTE)
-    at = columns[:, None] * QUADS + quads[None, :]
-    tl.store(words_ptr + at, tl.trans(words), mask=(columns[:, None] < C) & (quads[None, :] < QUADS))
-
-
-BYTE = 256  # passed at run time: with it constant, ptxas of Triton 3.7.1 crashes or never ends
+    inside = (rows[:, None] < R) & (columns[None, :] < C)
+    x = tl.load(x_ptr + rows[:, None] * C + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    x8 = tl.clamp(x * INV_SCALE, -448.0, 448.0).to(x8_ptr.dtype.element_ty)
+    tl.store(x8_ptr + rows[:, None] * C + columns[None, :], x8, mask=inside)
+    tl.store(x8t_ptr + columns[:, None] * R + rows[None, :], tl.trans(x8), mask=(columns[:, None] < C) & (rows[None, :] < R))
 
 
 def quantize_reference(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """x / scale (rows, columns) in e4m3, clamped to its range, and the transpose; rows must be a multiple of 4."""
+    """x / scale (rows, columns) in e4m3, clamped to its range, and the transpose."""
     x8 = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return x8, x8.t().contiguous()
 
@@ -573,8 +566,7 @@ def quantize(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The Triton twin of `quantize_reference`. FP8 products want both operands contiguous along the sum, hence the transpose."""
     R, C = x.shape
     x8, x8t = x.new_empty(R, C, dtype=torch.float8_e4m3fn), x.new_empty(C, R, dtype=torch.float8_e4m3fn)
-    grid = (triton.cdiv(R, 128), triton.cdiv(C, 64))
-    _quantize_kernel[grid](x, x8, x8t.view(torch.int32), R, C, R // 4, BYTE, INV_SCALE=1 / scale, BM=32, BN=64, num_warps=4)
+    _quantize_kernel[triton.cdiv(R, 128), triton.cdiv(C, 64)](x, x8, x8t, R, C, INV_SCALE=1 / scale, BM=128, BN=64, num_warps=4)
     return x8, x8t
 
 
@@ -594,9 +586,10 @@ def loss_backward(z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: b
     T, V = z.shape
     dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
     dzt = dz.new_empty(V, T) if fp8 else None
-    _loss_backward_kernel[(triton.cdiv(T, 128) * triton.cdiv(V, 64),)](
-        z, targets, lse, dloss, dz, dzt.view(torch.int32) if fp8 else None, T, V, T // 4, BYTE,
-        INV_SCALE=1 / GRAD_SCALE if fp8 else 1.0, CAP=SOFTCAP, SLOPE=SOFTCAP_SLOPE, FP8=fp8, BM=32, BN=64, GROUP=8, num_warps=4,
+    out, words = (dz.view(torch.uint8), dzt.view(torch.int32)) if fp8 else (dz, None)
+    _loss_backward_kernel[(triton.cdiv(T, 64) * triton.cdiv(V, 128),)](
+        z, targets, lse, dloss, out, words, T, V, T // 4, INV_SCALE=1 / GRAD_SCALE if fp8 else 1.0, CAP=SOFTCAP,
+        SLOPE=SOFTCAP_SLOPE, FP8=fp8, BM=16, BN=128, GROUP=8, num_warps=4,
     )  # fmt: skip
     return dz, dzt
 

@@ -1,10 +1,13 @@
-"""Kernels run in Triton's interpreter: the variable must be set before triton is imported."""
+"""Without a GPU, kernels run in Triton's interpreter: the variable must be set before triton is imported."""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np  # noqa: E402

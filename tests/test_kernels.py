@@ -1,9 +1,18 @@
-"""Kernels, in Triton's interpreter, against their plain PyTorch references, forward and backward."""
+"""Kernels against their plain PyTorch references, forward and backward: on a GPU if there is one, else in Triton's interpreter."""
 
 import pytest
 import torch
 
 import train_gpt
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def on_device():
+    """New tensors land on the device under test."""
+    with torch.device(DEVICE):
+        yield
 
 
 def visible(lengths, T, window):
@@ -87,6 +96,7 @@ def test_loss_fp8_gradient_and_its_transpose():
     dz, dzt = train_gpt.loss_backward(z, targets, lse, torch.ones(140), fp8=True)
     assert dz.dtype == dzt.dtype == torch.float8_e5m2
     assert torch.equal(dz.float(), dzt.float().t())
+    assert torch.equal(dz.float(), (wanted / train_gpt.GRAD_SCALE).half().to(torch.float8_e5m2).float())
     assert relative(dz.float() * train_gpt.GRAD_SCALE, wanted) < 0.1  # e5m2 has two bits of mantissa
 
 
@@ -107,6 +117,21 @@ def test_scatter_add(T, C, dtype):
     wanted = table.clone().index_add_(0, tokens, rows.float())
     train_gpt.scatter_add(table, tokens, rows)
     assert torch.allclose(table, wanted, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the products of the head's GPU path need a GPU")
+@pytest.mark.parametrize("fp8, loss_tolerance, tolerance", [(False, 1e-3, 1e-2), (True, 1e-2, 5e-2)])
+def test_head_loss_on_a_gpu(fp8, loss_tolerance, tolerance):
+    x = train_gpt.norm(torch.randn(256, 768).bfloat16()).requires_grad_()
+    weight, targets = (0.02 * torch.randn(1024, 768)).bfloat16().requires_grad_(), torch.randint(1024, (256,), dtype=torch.int32)
+    weight.grad_dtype = torch.float32
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    wanted = torch.nn.functional.cross_entropy(30 * torch.sigmoid(exact[0] @ exact[1].t() / 7.5), targets.long(), reduction="none")
+    wanted.sum().backward()
+    loss = train_gpt.head_loss(x, weight, targets, fp8)
+    loss.sum().backward()
+    assert relative(loss, wanted) < loss_tolerance and weight.grad.dtype == torch.float32
+    assert relative(x.grad, exact[0].grad) < tolerance and relative(weight.grad, exact[1].grad) < tolerance
 
 
 def test_lookup_adds_to_the_gradient():
