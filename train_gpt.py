@@ -243,16 +243,16 @@ def skip_table(s: Hyperparameters) -> tuple[tuple[int, int], ...]:
 
 
 def parse_window(s: Hyperparameters, name: str, text: str | None = None) -> tuple[int, int]:
-    """A short/long pair such as 3/7, in blocks; raises UsageError."""
+    """(short, long) windows in tokens from a pair such as 3/7, in blocks; raises UsageError."""
     text = getattr(s, name) if text is None else text
     short, _, long = text.partition("/")
     if not (short.isdecimal() and long.isdecimal() and 1 <= int(long) <= 10_000 and int(short) <= 10_000):
         raise UsageError(f"--{name}: cannot read {text!r}; write SHORT/LONG in blocks of 128 tokens, as 3/7")
-    return int(short), int(long)
+    return 128 * int(short), 128 * int(long)
 
 
 def window_table(s: Hyperparameters) -> list[tuple[int, int]]:
-    """The scheduled (short, long) windows, in blocks."""
+    """The scheduled (short, long) windows, in tokens."""
     return [parse_window(s, "windows", text) for text in s.windows.split(",")]
 
 
@@ -260,8 +260,9 @@ def describe_settings(s: Hyperparameters) -> str:
     """The effective settings and the layer table, a line each, for the log."""
     lines = [f"{f.name}={getattr(s, f.name)}" for f in dataclasses.fields(s)]
     for i, layer in enumerate(layer_table(s)):
-        value = f"ve{layer.value}" if layer.value >= 0 else "-"
-        lines.append(f"layer {i}: window={layer.window} value={value} attention={layer.attention} mlp={layer.mlp}")
+        window = layer.window if layer.attention else "-"
+        value = f"ve{layer.value}" if layer.attention and layer.value >= 0 else "-"
+        lines.append(f"layer {i}: window={window} value={value} attention={layer.attention} mlp={layer.mlp}")
     return "\n".join(lines)
 
 
@@ -272,16 +273,32 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    fp8: bool = False  # whether the head trains in FP8
 
     @property
     def dtype(self) -> torch.dtype:
         """Of activations and products: bf16 on a GPU, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    @property
-    def fp8(self) -> bool:
-        """Whether the head runs in FP8: on chips that have it, sm_89 and later."""
-        return self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 9)
+
+def connect(s: Hyperparameters) -> World:
+    """Join the processes that torchrun started, if it did; raises UsageError where they fit neither the GPUs nor the settings."""
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    gpus, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus and local_size > gpus:
+        raise UsageError(f"--nproc_per_node={local_size}, but this machine has {gpus} GPUs; start at most {gpus} processes")
+    if s.micro_batches % size:
+        raise UsageError(f"--micro_batches={s.micro_batches} cannot be dealt to {size} processes; give a multiple of {size}")
+    head_dim = s.model_dim // s.num_heads
+    if gpus and (head_dim < 16 or head_dim & (head_dim - 1) or s.train_tokens % 16):
+        raise UsageError(f"--num_heads={s.num_heads} makes heads {head_dim} wide and --micro_batches={s.micro_batches} packs {s.train_tokens}"
+                         " tokens; a GPU needs a power of two of at least 16, and a multiple of 16")  # fmt: skip
+    device = torch.device("cuda", local) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
+    return World(rank, size, device, fp8=bool(gpus) and torch.cuda.get_device_capability(device) >= (8, 9))
 
 
 # ======================================================================================================================
@@ -679,7 +696,6 @@ def lookup(tokens: Tensor, table: nn.Parameter) -> Tensor:
 # ======================================================================================================================
 # Model
 
-WINDOW_BLOCK = 128  # tokens; windows are counted in blocks
 GATE_CHANNELS = 12  # gates read only the first channels
 
 
@@ -716,8 +732,8 @@ class Rotary(nn.Module):
         self.sin.copy_(angles.sin())
 
     def extend(self, old: int, new: int):
-        """Adapt to a long window that grows from old to new blocks: slow frequencies stretch with it, fast ones stay."""
-        rotations = WINDOW_BLOCK * old * self.frequencies / (2 * math.pi)
+        """Adapt to a long window that grows from old to new tokens: slow frequencies stretch with it, fast ones stay."""
+        rotations = old * self.frequencies / (2 * math.pi)
         keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
         self.frequencies.mul_(old / new + keep * (1 - old / new))
         self.scale.mul_(1 + 0.2 * math.log(new / old))
@@ -1224,8 +1240,8 @@ def muon_momentum(step: int, s: Hyperparameters) -> float:
     return s.momentum_high
 
 
-def window_blocks(step: int, s: Hyperparameters) -> tuple[int, int]:
-    """(short, long) attention windows in blocks, when training begins the step."""
+def attention_windows(step: int, s: Hyperparameters) -> tuple[int, int]:
+    """(short, long) attention windows in tokens, when training begins the step."""
     if step >= s.num_scheduled_iterations:
         return parse_window(s, "extension_window")
     table = window_table(s)
@@ -1259,6 +1275,7 @@ class Log:
                 self.file = open(self.path, "x", buffering=1, encoding="utf-8")
             except OSError as error:
                 raise UsageError(f"--log_dir={s.log_dir} cannot be written ({error.strerror}); give another folder") from None
+            print(f"log: {self.path}", flush=True)
             if sys.stdout.isatty():
                 self.bar = tqdm(total=s.total_steps, unit="step", dynamic_ncols=True, file=sys.stdout)
 
@@ -1302,6 +1319,18 @@ def describe_machine(world: World) -> str:
     if gpu and shutil.which("nvidia-smi"):
         lines.append(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout.rstrip())
     return "\n".join(lines)
+
+
+def final_report(model: GPT) -> str:
+    """Peak memory since warm-up and the final lambdas, for the end of the log."""
+    gpu = model.lambdas.is_cuda
+    allocated, reserved = (f() >> 20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)) if gpu else (0, 0)
+    lines = [f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB"]
+    for i, row in enumerate(model.lambdas.tolist()):
+        lines.append(f"layer {i}: " + " ".join(f"{name}={value:.4f}" for name, value in zip(("a", "b", "l0", "l1"), row, strict=True)))
+    smear, backout, *gates = model.scalars.tolist()
+    skips = "".join(f" skip {a}-{b}={gate:.4f}" for (a, b), gate in zip(model.skips, gates, strict=True))
+    return "\n".join([*lines, f"smear={smear:.4f} backout={backout:.4f}{skips}"])
 
 
 class Meter:
@@ -1364,29 +1393,10 @@ class Meter:
 # Main
 
 
-def connect() -> World:
-    """Join the processes that torchrun started, if it did; raises UsageError when they are more than the GPUs."""
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    gpus, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if gpus and local_size > gpus:
-        raise UsageError(f"--nproc_per_node={local_size}, but this machine has {gpus} GPUs; start at most {gpus} processes")
-    device = torch.device("cuda", local) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
-    return World(rank, size, device)
-
-
 class Trainer:
     """The model and its optimizers, and what one step does with them."""
 
     def __init__(self, s: Hyperparameters, world: World):
-        if s.micro_batches % world.size:
-            raise UsageError(f"--micro_batches={s.micro_batches} cannot be dealt to {world.size} processes; give a multiple of {world.size}")
-        head_dim = s.model_dim // s.num_heads
-        if world.device.type == "cuda" and (head_dim < 16 or head_dim & (head_dim - 1) or s.model_dim % 16):
-            raise UsageError(f"--num_heads={s.num_heads} makes heads {head_dim} wide; a GPU needs a power of two of at least 16")
         self.s, self.world = s, world
         self.model = GPT(s, world)
         self.normuon, self.adam = NorMuon(self.model, s, world), DistAdam(self.model, s, world)
@@ -1430,7 +1440,7 @@ class Trainer:
             return
         state = [*self.model.parameters(), *self.model.buffers(), *self.normuon.state(), *self.adam.state()]
         saved = [tensor.to("cpu", copy=True) for tensor in state]
-        windows = to_tokens(window_blocks(0, self.s))
+        windows = attention_windows(0, self.s)
         with torch.enable_grad():
             for step, batches in enumerate(train.stream(0, steps)):
                 self.train_step(step, batches, windows)
@@ -1442,22 +1452,6 @@ class Trainer:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-
-
-def to_tokens(blocks: tuple[int, int]) -> tuple[int, int]:
-    return blocks[0] * WINDOW_BLOCK, blocks[1] * WINDOW_BLOCK
-
-
-def final_report(trainer: Trainer) -> str:
-    """Peak memory and the final lambdas, for the end of the log."""
-    gpu = trainer.world.device.type == "cuda"
-    allocated, reserved = (f() >> 20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)) if gpu else (0, 0)
-    lines = [f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB"]
-    for i, row in enumerate(trainer.model.lambdas.tolist()):
-        lines.append(f"layer {i}: " + " ".join(f"{name}={value:.4f}" for name, value in zip(("a", "b", "l0", "l1"), row, strict=True)))
-    smear, backout, *gates = trainer.model.scalars.tolist()
-    skips = "".join(f" skip {a}-{b}={gate:.4f}" for (a, b), gate in zip(trainer.model.skips, gates, strict=True))
-    return "\n".join([*lines, f"smear={smear:.4f} backout={backout:.4f}{skips}"])
 
 
 def run(s: Hyperparameters, world: World):
@@ -1474,24 +1468,22 @@ def run(s: Hyperparameters, world: World):
         ready = seconds_since_launch()
         log.write(f"start: {ready:.1f} s from launch to step 0 (import {began:.1f}, build {built - began:.1f}, warm-up {ready - built:.1f})")
         log.write(SEPARATOR, show=False)
-        if log.path:
-            log.write(f"log: {log.path}")
 
         meter, stream = Meter(log, s.total_steps, world.device), train.stream(0, s.total_steps)
         meter.start()
         for step in range(s.total_steps + 1):
             last = step == s.total_steps
-            blocks = parse_window(s, "final_window") if last else window_blocks(step, s)
-            if 0 < step < s.total_steps and blocks[1] != (old := window_blocks(step - 1, s)[1]):
-                trainer.model.rotary.extend(old, blocks[1])
+            windows = parse_window(s, "final_window") if last else attention_windows(step, s)
+            if 0 < step < s.total_steps and windows[1] != (old := attention_windows(step - 1, s)[1]):
+                trainer.model.rotary.extend(old, windows[1])
             if last or (s.val_loss_every and step % s.val_loss_every == 0):
                 ms = meter.stop()
-                loss = trainer.validate(val.stream(), to_tokens(blocks))
+                loss = trainer.validate(val.stream(), windows)
                 log.write(f"step:{step}/{s.total_steps} val_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
                 meter.start()
             if not last:
-                meter.step(step + 1, trainer.train_step(step, next(stream), to_tokens(blocks)))
-        log.write(final_report(trainer))
+                meter.step(step + 1, trainer.train_step(step, next(stream), windows))
+        log.write(final_report(trainer.model))
 
 
 def main() -> int:
@@ -1499,7 +1491,7 @@ def main() -> int:
     first = os.environ.get("RANK", "0") == "0"
     try:
         settings = parse_settings(sys.argv[1:])
-        run(settings, connect())
+        run(settings, connect(settings))
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0

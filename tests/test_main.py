@@ -143,7 +143,7 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(train_gpt.UsageError, match="--nproc_per_node=3, but this machine has 2 GPUs"):
-        train_gpt.connect()
+        train_gpt.connect(train_gpt.parse_settings([]))
 
 
 def test_loss_not_finite(tmp_path):

@@ -147,7 +147,7 @@ def test_yarn():
     for old, new in ((3, 7), (7, 11), (11, 13)):
         keep = ((128 * old * wanted / (2 * math.pi) - 1) / 31).clamp(0, 1)
         wanted = wanted * (old / new + keep * (1 - old / new))
-        rotary.extend(old, new)
+        rotary.extend(128 * old, 128 * new)
         scales.append(rotary.scale.item())
     assert scales == pytest.approx([0.1, 0.11695, 0.12752, 0.13178], abs=1e-5)
     assert torch.allclose(rotary.frequencies.double(), wanted, rtol=1e-6)

@@ -2,14 +2,14 @@
 
 import pytest
 
-from train_gpt import lr_scale, muon_momentum, parse_settings, window_blocks
+from train_gpt import lr_scale, muon_momentum, parse_settings, attention_windows
 
 RECORD = parse_settings([])
 
 
 @pytest.mark.parametrize("step, blocks", [(0, (1, 3)), (728, (1, 3)), (729, (3, 7)), (1456, (3, 7)), (1457, (5, 11)), (2184, (5, 11)), (2185, (6, 13)), (2224, (6, 13))])  # fmt: skip
 def test_windows(step, blocks):
-    assert window_blocks(step, RECORD) == blocks
+    assert attention_windows(step, RECORD) == (128 * blocks[0], 128 * blocks[1])
 
 
 @pytest.mark.parametrize("step, scale", [(0, 1), (1092, 1), (1093, 0.9 * 2 * (1 - 1093 / 2185) + 0.1), (2000, 0.9 * 2 * 185 / 2185 + 0.1), (2224, 0.9 * 0.0002 + 0.1)])  # fmt: skip
