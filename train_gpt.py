@@ -4,7 +4,9 @@
     python train_gpt.py --preset=sample                                         # a small model on a CPU
     python train_gpt.py --help                                                  # every setting
 
-@RESULT@
+Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps take 408 ms and 20.0 GiB, from an empty
+cache to step 0 in 33 s; on two H200s 212 ms. README.md says on what data, and to which losses. Not yet run on 8 GPUs.
+
 The rooms, in order: settings, kernels, model, optimizers, data, schedules, log, main. A room uses only rooms above it.
 """
 
@@ -16,6 +18,7 @@ import glob
 import itertools
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -1323,8 +1326,10 @@ def describe_machine(world: World) -> str:
 
 def final_report(model: GPT) -> str:
     """Peak memory since warm-up and the final lambdas, for the end of the log."""
-    gpu = model.lambdas.is_cuda
-    allocated, reserved = (f() >> 20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)) if gpu else (0, 0)
+    if model.lambdas.is_cuda:
+        allocated, reserved = (f() >> 20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
+    else:  # a CPU has no such allocator: the process's largest resident size stands for both
+        allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     lines = [f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB"]
     for i, row in enumerate(model.lambdas.tolist()):
         lines.append(f"layer {i}: " + " ".join(f"{name}={value:.4f}" for name, value in zip(("a", "b", "l0", "l1"), row, strict=True)))
@@ -1385,8 +1390,12 @@ class Meter:
             self.pending.popleft()
             ms = self._train_time(mark)
             self.log.step(f"step:{step}/{self.total_steps} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms", step)
-            if not math.isfinite(loss.item()):
-                raise UsageError(f"the loss of step {step} is {loss.item()}, not finite; lower the learning rates (log: {self.log.path})")
+            self.check(step, loss.item())
+
+    def check(self, step: int, loss: float):
+        """Raise UsageError when a loss is not finite."""
+        if not math.isfinite(loss):
+            raise UsageError(f"the loss of step {step} is {loss}, not finite; lower the learning rates (log: {self.log.path})")
 
 
 # ======================================================================================================================
@@ -1480,6 +1489,7 @@ def run(s: Hyperparameters, world: World):
                 ms = meter.stop()
                 loss = trainer.validate(val.stream(), windows)
                 log.write(f"step:{step}/{s.total_steps} val_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
+                meter.check(step, loss)
                 meter.start()
             if not last:
                 meter.step(step + 1, trainer.train_step(step, next(stream), windows))
@@ -1487,7 +1497,7 @@ def run(s: Hyperparameters, world: World):
 
 
 def main() -> int:
-    """Parse the flags and run; returns the exit code. A user's mistake ends in one line, from rank 0, and the code 2."""
+    """Parse the flags and run; returns 0. A user's mistake ends in one line, from rank 0, and the exit code 2."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         settings = parse_settings(sys.argv[1:])
@@ -1503,9 +1513,8 @@ def main() -> int:
         message, code = "stopped by Ctrl-C", 130
     if first:
         print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        os._exit(code)  # the other ranks may be waiting in a collective, which an orderly end would join
-    return code
+    sys.stdout.flush()
+    os._exit(code)  # an orderly end would wait for shards still to be read, and for ranks that wait in a collective
 
 
 if __name__ == "__main__":
