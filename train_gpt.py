@@ -164,7 +164,10 @@ def parse_settings(arguments: list[str]) -> Hyperparameters:
     Raises UsageError for an unknown flag (naming the closest one) and for a value of the wrong type; --help exits.
     """
     fields = dataclasses.fields(Hyperparameters)
-    parser = argparse.ArgumentParser(prog="train_gpt.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        usage="train_gpt.py [--name=value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=200),
+    )  # fmt: skip
     parser.error = _refuse_flag
     for f in fields:
         default = str(f.default).replace("%", "%%") or "(none)"

@@ -81,6 +81,13 @@ def test_rewind_is_bitwise(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
 
 
+def test_step_returns_the_mean_loss(tmp_path):
+    s, world = train_gpt.parse_settings(tiny_flags(tmp_path)), train_gpt.World()
+    trainer, loader = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world)
+    (batches,) = loader.stream(0, 1)
+    assert trainer.train_step(0, batches, (128, 384)).item() == pytest.approx(5.950643, abs=1e-5)  # ln 384
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_processes_agree(tmp_path, ranks):
     flags = [*tiny_flags(tmp_path), "--val_loss_every=1"]

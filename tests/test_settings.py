@@ -11,10 +11,11 @@ from train_gpt import UsageError, layer_table, parse_settings, skip_table
 def test_every_field_is_a_flag_and_in_the_help(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_settings(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0
     for f in dataclasses.fields(train_gpt.Hyperparameters):
-        assert f"--{f.name} " in text and f.metadata["help"] in text and f"[{f.default if f.default != '' else '(none)'}]" in text
+        (line,) = [line for line in lines if line.startswith(f"  --{f.name} ")]
+        assert f.metadata["help"] in line and line.endswith(f"[{f.default if f.default != '' else '(none)'}]")
 
 
 def test_defaults_are_the_record():
