@@ -4,8 +4,8 @@
     python train_gpt.py --preset=sample                                         # a small model on a CPU
     python train_gpt.py --help                                                  # every setting
 
-Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps take 408 ms and 20.0 GiB, from an empty
-cache to step 0 in 33 s; on two H200s 212 ms. README.md says on what data, and to which losses. Not yet run on 8 GPUs.
+Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 408 ms and 20.0 GiB, from empty caches
+to step 0 in 33 s; on two H200s 212 ms. README.md says on what data, to which losses and at which commit. Not yet run on 8 GPUs.
 
 The rooms, in order: settings, kernels, model, optimizers, data, schedules, log, main. A room uses only rooms above it.
 """
@@ -529,7 +529,7 @@ def _loss_kernel(z_ptr, target_ptr, loss_ptr, lse_ptr, V, CAP: tl.constexpr, SLO
 def _e5m2_bits(x):
     """The bits of x in e5m2, as uint32: float16's upper half, rounded to nearest even.
 
-    By hand, since ptxas of Triton 3.6 and 3.7 miscompiles, or never ends on, words put together from converted FP8.
+    By hand, since ptxas of Triton 3.6 and 3.7.1 miscompiles, or never ends on, bytes taken from converted FP8.
     """
     half = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
     return (half + 127 + ((half >> 8) & 1)) >> 8
@@ -568,31 +568,6 @@ def _loss_backward_kernel(
         tl.store(words_ptr + at, tl.trans(words), mask=(columns[:, None] < V) & (quads[None, :] < QUADS))
 
 
-@triton.jit
-def _quantize_kernel(x_ptr, x8_ptr, x8t_ptr, R, C, INV_SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = (rows[:, None] < R) & (columns[None, :] < C)
-    x = tl.load(x_ptr + rows[:, None] * C + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    x8 = tl.clamp(x * INV_SCALE, -448.0, 448.0).to(x8_ptr.dtype.element_ty)
-    tl.store(x8_ptr + rows[:, None] * C + columns[None, :], x8, mask=inside)
-    tl.store(x8t_ptr + columns[:, None] * R + rows[None, :], tl.trans(x8), mask=(columns[:, None] < C) & (rows[None, :] < R))
-
-
-def quantize_reference(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """x / scale (rows, columns) in e4m3, clamped to its range, and the transpose."""
-    x8 = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return x8, x8.t().contiguous()
-
-
-def quantize(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The Triton twin of `quantize_reference`. FP8 products want both operands contiguous along the sum, hence the transpose."""
-    R, C = x.shape
-    x8, x8t = x.new_empty(R, C, dtype=torch.float8_e4m3fn), x.new_empty(C, R, dtype=torch.float8_e4m3fn)
-    _quantize_kernel[triton.cdiv(R, 128), triton.cdiv(C, 64)](x, x8, x8t, R, C, INV_SCALE=1 / scale, BM=128, BN=64, num_warps=4)
-    return x8, x8t
-
-
 def loss_forward(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The Triton twin of `loss_reference`: loss and log-sum-exp of each row, float32 (T,)."""
     T, V = z.shape
@@ -625,10 +600,10 @@ class _HeadLoss(torch.autograd.Function):
         if fp8:
             # Norm bounds |x| by the root of the width: that maps onto e4m3's largest number, 448.
             x_scale, w_scale = x.size(1) ** 0.5 / 448, 2.0**-9
-            (x8, x8t), (w8, w8t) = quantize(x, x_scale), quantize(weight, w_scale)
+            x8, w8 = ((t.float() * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn) for t, scale in ((x, x_scale), (weight, w_scale)))
             scales = [torch.full((), scale, device=x.device) for scale in (x_scale, w_scale, GRAD_SCALE)]
             z = torch._scaled_mm(x8, w8.t(), scales[0], scales[1], out_dtype=torch.bfloat16, use_fast_accum=True)
-            operands = (x8t, w8t, *scales)
+            operands = (x8, w8, *scales)
         else:
             z = x @ weight.t()
             operands = (x, weight)
@@ -644,9 +619,10 @@ class _HeadLoss(torch.autograd.Function):
         if not ctx.fp8:
             x, weight = operands
             return dz @ weight, (dz.t() @ x).float(), None, None
-        x8t, w8t, x_scale, w_scale, z_scale = operands
-        dx = torch._scaled_mm(dz, w8t.t(), z_scale, w_scale, out_dtype=torch.bfloat16)
-        dw = torch._scaled_mm(dzt, x8t.t(), z_scale, x_scale, out_dtype=torch.float32)
+        # FP8 products want both operands contiguous along the sum. The copies are PyTorch's: see _e5m2_bits.
+        x8, w8, x_scale, w_scale, z_scale = operands
+        dx = torch._scaled_mm(dz, w8.t().contiguous().t(), z_scale, w_scale, out_dtype=torch.bfloat16)
+        dw = torch._scaled_mm(dzt, x8.t().contiguous().t(), z_scale, x_scale, out_dtype=torch.float32)
         return dx, dw, None, None
 
 

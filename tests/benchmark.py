@@ -1,0 +1,114 @@
+"""Time every kernel at the run's shapes, on one GPU, in about two minutes.
+
+    python tests/benchmark.py
+
+Columns: our kernel; the same by its reference under torch.compile, or for attention by compiled FlexAttention; the rate that the
+kernel reaches; and the share of its floor, the larger of its arithmetic at the measured matrix rate and its bytes, each read
+or written once, at the measured copy bandwidth. Medians over repeated launches on random data; nothing here is a test.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from triton.testing import do_bench
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_gpt as g  # noqa: E402
+
+T, HEADS, HEAD_DIM, WIDTH, CLASSES = 32_768, 6, 128, 768, 50_304
+
+
+def ms(function) -> float:
+    return do_bench(function, warmup=10, rep=60, return_mode="median")
+
+
+def random(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def document_bounds(window: int):
+    """first and last of documents like web text: lognormal lengths, median 453, mean 659, cut at 2048."""
+    lengths = torch.empty(T // 64).log_normal_(6.116, 0.866, generator=torch.Generator().manual_seed(1)).long().clamp(1, 2048)
+    ends = lengths.cumsum(0).clamp(max=T)
+    spans = torch.diff(ends, prepend=ends.new_zeros(1))
+    at, firsts, lasts = torch.arange(T), (ends - spans).repeat_interleave(spans), (ends - 1).repeat_interleave(spans)
+    return [t.int().cuda() for t in (torch.maximum(firsts, at - window), torch.minimum(lasts, at + window))]
+
+
+class Table:
+    """Prints rows as they come, against ceilings measured first."""
+
+    def __init__(self):
+        a, b = random(8192, 8192), random(8192, 8192)
+        self.flops = 2 * 8192**3 / ms(lambda: a @ b) * 1e3
+        large, other = random(2**31), torch.empty(2**31, device="cuda", dtype=torch.bfloat16)
+        self.bandwidth = 2 * 2 * 2**31 / ms(lambda: other.copy_(large)) * 1e3
+        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: bf16 8192^3 {self.flops / 1e12:.0f} TFLOP/s, copy {self.bandwidth / 1e9:.0f} GB/s")
+        print(f"{'kernel':<34}{'ms':>8}{'reference':>11}{'rate':>14}{'of floor':>10}")
+
+    def row(self, name: str, ours, reference, flops: float, size: float):
+        """One kernel, with the operations that it must do and the bytes that it must move."""
+        took, other, floor = ms(ours), ms(reference) if reference else None, max(flops / self.flops, size / self.bandwidth) * 1e3
+        rate = f"{flops / took / 1e9:.0f} TFLOP/s" if flops / self.flops > size / self.bandwidth else f"{size / took / 1e6:.0f} GB/s"
+        print(f"{name:<34}{took:>8.3f}{'-' if other is None else f'{other:.3f}':>11}{rate:>14}{floor / took:>10.0%}", flush=True)
+
+
+def benchmark_attention(table: Table):
+    q, k, v, dout = (random(T, HEADS, HEAD_DIM) for _ in range(4))
+    q, k, scale = g.norm(q), g.norm(k), torch.tensor(0.1, device="cuda")
+    batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in (q, k, v)]
+    flex = torch.compile(flex_attention)
+    for window in (384, 896, 1408, 1664):
+        first, last = document_bounds(window)
+        mask = create_block_mask(lambda b, h, i, j, first=first: (first[i] <= j) & (j <= i), None, None, T, T, "cuda", _compile=True)
+        pairs = (torch.arange(T, device="cuda") - first + 1).sum().item() * HEADS * HEAD_DIM
+        size = q.nbytes
+        out, lse = g.attention_forward(q, k, v, first, last, scale)
+        wanted = flex(*batched, block_mask=mask, scale=0.1)
+        gradient = dout.transpose(0, 1)[None]
+        table.row(f"attention forward, W = {window}", lambda: g.attention_forward(q, k, v, first, last, scale),
+                  lambda: flex(*batched, block_mask=mask, scale=0.1), 4 * pairs, 4 * size)  # fmt: skip
+        table.row(f"attention backward, W = {window}", lambda: g.attention_backward(dout, q, k, v, out, lse, first, last, scale),
+                  lambda: torch.autograd.grad(wanted, batched, gradient, retain_graph=True), 10 * pairs, 8 * size)  # fmt: skip
+
+
+def benchmark_head(table: Table):
+    z, targets, dloss = 3 * random(T, CLASSES), torch.randint(CLASSES, (T,), device="cuda", dtype=torch.int32), torch.ones(T, device="cuda")
+    _, lse = g.loss_forward(z, targets)
+    reference = torch.compile(g.loss_reference)
+    table.row("loss forward", lambda: g.loss_forward(z, targets), lambda: reference(z, targets), 0, z.nbytes)
+    leaf = z.detach().requires_grad_()
+    loss = reference(leaf, targets)
+    backward = lambda: torch.autograd.grad(loss, leaf, dloss, retain_graph=True)  # noqa: E731
+    table.row("loss backward, e5m2 both ways", lambda: g.loss_backward(z, targets, lse, dloss, True), backward, 0, z.nbytes * 2)
+    del z, leaf, loss
+    x = random(T, WIDTH)
+    grad = torch.zeros(CLASSES, WIDTH, device="cuda")
+    add = torch.compile(lambda grad, targets, x: grad.index_add_(0, targets, x.float()))
+    table.row("scatter_add", lambda: g.scatter_add(grad, targets, x), lambda: add(grad, targets, x), 0, x.nbytes + 2 * 2 * x.nbytes)
+
+
+def benchmark_products(table: Table):
+    """cuBLAS at the block's shapes: what a kernel of ours would have to beat."""
+    x, h, w = random(T, WIDTH), random(T, 4 * WIDTH), random(WIDTH, 4 * WIDTH)
+    for name, product in (("cuBLAS x w_in", lambda: x @ w), ("cuBLAS h w_out^T", lambda: F.linear(h, w)), ("cuBLAS gradient of w", lambda: x.t() @ h)):
+        table.row(name, product, None, 2 * T * WIDTH * 4 * WIDTH, x.nbytes + h.nbytes + w.nbytes)
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("tests/benchmark.py: needs a CUDA GPU, and found none", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    table = Table()
+    benchmark_attention(table)
+    benchmark_head(table)
+    benchmark_products(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
