@@ -224,12 +224,12 @@ def layer_table(s: Hyperparameters) -> tuple[Layer, ...]:
             place, value = change.split("=")
             index, column = place.split(".")
             value = value if column == "window" else int(value)
-            legal = {"window": value in ("short", "long"), "value": column == "value" and value >= -1}
+            legal = {"window": value in ("short", "long"), "value": column == "value" and -1 <= value < 16}
             if int(index) in range(len(table)) and legal.get(column, column in ("attention", "mlp") and 0 <= value <= 16):
                 table[int(index)] = dataclasses.replace(table[int(index)], **{column: value})
                 continue
         raise UsageError(f"--layers: cannot read {change!r}; write LAYER.COLUMN=VALUE with a layer from 0 to {len(LAYERS) - 1} and"
-                         " window=short|long, value=INDEX (-1 for none), attention=PATHS or mlp=PATHS (0 to 16)")  # fmt: skip
+                         " window=short|long, value=INDEX (0 to 15, -1 for none), attention=PATHS or mlp=PATHS (0 to 16)")  # fmt: skip
     if not any(layer.attention or layer.mlp for layer in table):
         raise UsageError("--layers leaves no layer with a path; keep at least one")
     return tuple(table)
@@ -757,8 +757,11 @@ def mlp_path(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
 
 
 def block(x: Tensor, x0: Tensor, skips, lambdas: Tensor, attention_paths, mlp_paths, value: Tensor | None, rotary, visible) -> Tensor:
-    """One layer slot: the residual stream x (T, width), to which the long skips that end here (pairs of gate and tensor) come
-    first, mixed with x0, plus its attention paths, plus its MLP paths."""
+    """One layer slot: the residual stream x (T, width) mixed with x0, plus its attention paths, plus its MLP paths.
+
+    skips: pairs of a gate and a kept (T, width), which join x first. lambdas: (4,) float32, a row of GPT.lambdas. rotary: cos,
+    sin and scale of Rotary. visible: first and last of `attention`.
+    """
     for gate, kept in skips:
         x = x + torch.sigmoid(gate) * kept
     a, b, l0, l1 = lambdas.unbind()
@@ -784,6 +787,7 @@ class Slot(nn.Module):
 
     def __init__(self, layer: Layer, width: int, heads: int, dtype: torch.dtype, generator: torch.Generator):
         super().__init__()
+        bound = 3**0.5 * 0.5 * width**-0.5
 
         def matrices(count: int, live: int):
             """Matrices of which the first `live` of four quarters are uniform and the rest zero."""
@@ -791,7 +795,6 @@ class Slot(nn.Module):
             stack[:, :live].uniform_(-bound, bound, generator=generator)
             return nn.ParameterList(stack.view(count, width, 4 * width).unbind())
 
-        bound = 3**0.5 * 0.5 * width**-0.5
         self.attention = matrices(layer.attention, live=3)
         self.gate = nn.ParameterList(torch.zeros(layer.attention, heads, GATE_CHANNELS, dtype=dtype).unbind())
         self.mlp_in = matrices(layer.mlp, live=4)
@@ -809,7 +812,7 @@ class GPT(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(s.seed)
         self.layers, self.skips, self.backout_layer = layer_table(s), skip_table(s), s.backout
-        self.bos, self.fp8 = s.bos, world.fp8
+        self.fp8 = world.fp8
         classes, width = math.ceil(s.vocab_size / 128) * 128, s.model_dim
         draw = lambda: nn.Parameter(torch.randn(classes, width, generator=generator).to(world.dtype))  # noqa: E731
         self.embedding = draw()

@@ -49,6 +49,7 @@ def test_flags_go_over_the_preset():
         ("--layers=5.window=wide", "cannot read '5.window=wide'"),
         ("--layers=5.depth=1", "cannot read '5.depth=1'"),
         ("--layers=5", "cannot read '5'"),
+        ("--layers=5.value=500", "cannot read '5.value=500'"),
         ("--layers=5.mlp=-1", "cannot read '5.mlp=-1'"),
         ("--skips=8-3", "cannot read '8-3'"),
         ("--skips=3", "cannot read '3'"),
