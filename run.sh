@@ -2,6 +2,7 @@
 # Install what is missing, fetch what is missing, train.
 #   ./run.sh [--nproc=N] [--name=value ...]   train: FineWeb on all GPUs, or the small sample where there is none
 #   ./run.sh test [pytest arguments]          run the tests
+#   ./run.sh record COMMAND ...               read the logs of runs: records/record.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -25,8 +26,15 @@ install requirements.txt
 
 if [ "${1:-}" = test ]; then
   shift
+  install records/requirements.txt
   install tests/requirements.txt
   exec .venv/bin/python -m pytest tests "$@"
+fi
+
+if [ "${1:-}" = record ]; then
+  shift
+  install records/requirements.txt
+  exec .venv/bin/python records/record.py "$@"
 fi
 
 nproc= own_data= arguments=()

@@ -17,9 +17,10 @@ def project(tmp_path):
     """A bare project in which everything is installed, with no network to reach."""
     shutil.copy(ROOT / "run.sh", tmp_path)
     (tmp_path / "tests").mkdir()
+    (tmp_path / "records").mkdir()
     (tmp_path / "data").mkdir()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    for name in ("requirements.txt", "tests/requirements.txt"):
+    for name in ("requirements.txt", "tests/requirements.txt", "records/requirements.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
         shutil.copy(ROOT / name, tmp_path / ".venv" / f"installed-{name.replace('/', '-')}")
 
@@ -72,6 +73,10 @@ def test_bad_nproc(project, gpus, nproc, says):
 
 def test_tests(project):
     assert project(0, "test", "-k", "norm")[1] == ["python -m pytest tests -k norm"]
+
+
+def test_record(project):
+    assert project(0, "record", "stats", "logs")[1] == ["python records/record.py stats logs"]
 
 
 def test_pip_fails(project):

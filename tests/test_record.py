@@ -1,0 +1,154 @@
+"""The record tool on the published numbers, as logs, and on what else lies in folders of logs."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parent.parent / "records" / "record.py"
+LINE = "=" * 100
+
+SEED1 = [3.278, 3.2777, 3.2799, 3.2783, 3.2784, 3.28, 3.2787, 3.278, 3.2797, 3.2804]
+SEED1_MS = [135063, 134826, 135004, 134994, 134993, 134722, 134925, 134998, 134981, 134912]
+NEW = [3.2806, 3.2764, 3.2787, 3.2778, 3.2776, 3.2754, 3.2779, 3.2775, 3.2782, 3.2779]
+NEW_MS = [163078, 163129, 163029, 163141, 162534, 163100, 163046, 163144, 162926, 163224]
+PRIOR = [3.2784, 3.2778, 3.2766, 3.2771, 3.2764, 3.2768, 3.276, 3.279, 3.2747, 3.2772]
+PRIOR_MS = [164443, 164403, 164348, 164370, 164817, 164833, 164301, 164459, 164244, 164306]
+
+
+def write_runs(folder, losses, milliseconds, steps=2225, script="import torch\nprint(1)", settings=""):
+    """Logs in this project's format, as far as tools read it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (loss, ms) in enumerate(zip(losses, milliseconds, strict=True)):
+        lines = [script, LINE, "Python 3", settings, LINE, f"step:0/{steps} val_loss:10.8258 train_time:0ms step_avg:0.04ms"]
+        lines += [f"step:1/{steps} train_time:61ms step_avg:61.00ms", f"step:{steps}/{steps} val_loss:{loss} train_time:{ms}ms step_avg:60.70ms"]
+        (folder / f"{i}.txt").write_text("\n".join([*lines, "peak memory allocated: 29250 MiB reserved: 47336 MiB", ""]))
+    return folder
+
+
+def tool(*arguments):
+    done = subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_stats_on_the_published_numbers(tmp_path):
+    write_runs(tmp_path / "seed1", SEED1, SEED1_MS)
+    (found,) = json.loads(tool("stats", tmp_path / "seed1", "--json").stdout)
+    rounded = {name: round(found[name], 4) for name in ("loss_mean", "loss_std", "p", "time_mean", "time_std")}
+    assert rounded == dict(loss_mean=3.2789, loss_std=0.0010, p=0.0034, time_mean=134.9418, time_std=0.1008)
+    assert found["runs"] == 10 and found["step_avg_ms"] == pytest.approx(60.648, abs=1e-3)
+    table = tool("stats", tmp_path / "seed1").stdout
+    assert re.search(r"2225 +10 +3\.2789 +0\.0010 +0\.0034 +134\.9418 +0\.1008 +60\.65", table)
+    assert "| 2225 | 10 | 3.2789 | 0.0010 | 0.0034 | 134.9418 | 0.1008 | 60.65 |" in tool("stats", tmp_path / "seed1", "--markdown").stdout
+
+
+def test_target(tmp_path):
+    write_runs(tmp_path / "seed1", SEED1, SEED1_MS)
+    (found,) = json.loads(tool("stats", tmp_path / "seed1", "--json", "--target=3.278").stdout)
+    assert found["p"] > 0.9
+
+
+def test_compare_on_the_published_numbers(tmp_path):
+    prior, new = write_runs(tmp_path / "prior", PRIOR, PRIOR_MS), write_runs(tmp_path / "new", NEW, NEW_MS)
+    text = tool("compare", prior, new).stdout
+    assert "A: 10 runs of 2225 steps" in text and "(p 0.0000), 164.4524" in text and "(p 0.0003), 163.0351" in text
+    assert re.search(r"times, B - A: -1\.4173 s, 95 % interval -1\.6\d+ to -1\.2\d+, Welch p 0\.0000", text)
+    assert "B is faster (-1.4173 s)" in text
+    assert "B is slower (+1.4173 s)" in tool("compare", new, prior).stdout
+    assert "Neither is shown to be faster (+0.0000 s), and no difference in loss is shown." in tool("compare", new, new).stdout
+
+
+def test_public_logs(tmp_path):
+    """A separator before the script, several separators, other names, a nested folder, the oldest format."""
+    steps = "step:0/9 val_loss:10.8 train_time:0ms step_avg:nanms\nstep:9/9 val_loss:3.27 train_time:900ms step_avg:100.00ms\n"
+    (tmp_path / "nested").mkdir()
+    (tmp_path / "a.txt").write_text(f"{LINE}\nimport os\n{LINE}\nRunning python\n{LINE}\n{steps}{LINE}\n")
+    (tmp_path / "nested" / "b.log").write_text(f"import os\n'''\nstep:5/9 val_loss:1.0 train_time:1ms step_avg:1.00ms\n'''\n{LINE}\n{steps}")
+    (tmp_path / "old.log").write_text("s:0 tel:10.9\ns:0 trl:10.9 lr:1e-3 norm:1\ns:8 trl:3.3 lr:1e-3 norm:1\ns:9 tel:3.29\n")
+    (tmp_path / "notes.txt").write_text("it went well\n")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 100)
+    done = tool("stats", tmp_path, "--json")
+    (found,) = json.loads(done.stdout)
+    assert sorted(found["losses"]) == [3.27, 3.27, 3.29] and found["times"] == [0.9, 0.9]
+    assert f"left out: {tmp_path}/notes.txt: not a log" in done.stderr and f"{tmp_path}/binary.txt: not a log" in done.stderr
+
+
+def test_unfinished_and_not_finite_runs_are_left_out_by_name(tmp_path):
+    write_runs(tmp_path, [3.27, 3.28, "nan", 3.29], [1, 2, 3, 4])
+    whole = (tmp_path / "3.txt").read_text()
+    (tmp_path / "3.txt").write_text(whole[: whole.index("step:2225")])
+    (tmp_path / "4.txt").write_text(f"script\n{LINE}\nstep:1/9 train_time:5ms step_avg:5.00ms\n")
+    (tmp_path / "5.txt").write_text("s:0 tel:10.9\ns:1 trl:10.8 lr:1 norm:1\n")
+    done = tool("stats", tmp_path, "--json")
+    assert json.loads(done.stdout)[0]["losses"] == [3.27, 3.28]
+    for line in ("2.txt: its final loss is nan", "3.txt: unfinished, cut off after step 0 of 2225", "4.txt: unfinished, cut off before", "5.txt: unfinished"):
+        assert line in done.stderr
+
+
+def test_different_lengths_are_kept_apart(tmp_path):
+    write_runs(tmp_path / "a", [3.27, 3.28], [1, 2])
+    write_runs(tmp_path / "b", [3.3], [1], steps=1705)
+    done = tool("stats", tmp_path, "--json")
+    assert [(s["steps"], s["runs"], s["p"] is None) for s in json.loads(done.stdout)] == [(1705, 1, True), (2225, 2, False)]
+    assert "runs of different length, so they are kept apart: 1 of 1705 steps, 2 of 2225 steps" in done.stderr
+    assert "1705 steps: one run gives no p; at least 1 more is missing" in done.stderr
+    assert tool("compare", tmp_path, tmp_path / "a").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "prepare, says",
+    [
+        (lambda folder: None, "holds no .txt or .log file"),
+        (lambda folder: (folder / "a.txt").write_bytes(b"\0" * 1000), "no finished run"),
+        (lambda folder: folder.rmdir(), "does not exist"),
+    ],
+)
+def test_bad_input(tmp_path, prepare, says):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    prepare(folder)
+    for command in (["stats", folder], ["compare", folder, folder]):
+        done = tool(*command)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("record.py: ") and says in done.stderr
+
+
+def test_one_run_cannot_be_compared(tmp_path):
+    write_runs(tmp_path, [3.27], [1])
+    done = tool("compare", tmp_path, tmp_path)
+    assert done.returncode == 2 and "at least 1 more is missing" in done.stderr
+
+
+def test_diff_takes_the_scripts_out_of_logs(tmp_path):
+    write_runs(tmp_path / "a", [3.27], [1], script="x = 1\nlr = 0.03\ny = 2", settings="muon_lr=0.03\nseed=1")
+    write_runs(tmp_path / "b", [3.27], [1], script="x = 1\nlr = 0.04\ny = 2", settings="muon_lr=0.04\nseed=1")
+    (tmp_path / "b.py").write_text("x = 1\nlr = 0.04\ny = 2\n")
+    text = tool("diff", tmp_path / "a", tmp_path / "b").stdout.splitlines()
+    assert text[0] == "muon_lr: 0.03 -> 0.04"
+    assert [line for line in text if line[:1] in "+-"][2:] == ["-lr = 0.03", "+lr = 0.04"] and not any("\033" in line for line in text)
+    text = tool("diff", tmp_path / "a" / "0.txt", tmp_path / "b.py").stdout
+    assert "+lr = 0.04" in text and "(not set)" not in text
+    piped = subprocess.run(f"{sys.executable} {TOOL} diff {tmp_path}/a {tmp_path}/b | head -1", shell=True, capture_output=True, text=True)
+    assert piped.stdout == "muon_lr: 0.03 -> 0.04\n" and not piped.stderr
+    (tmp_path / "notes.txt").write_text("no log\n")
+    assert "neither a script nor a log" in tool("diff", tmp_path / "notes.txt", tmp_path / "b.py").stderr
+
+
+def test_two_thousand_logs(tmp_path):
+    """2,000 logs of 180 kB: the figure is 5 s; the bound here leaves room for a slow disk."""
+    write_runs(tmp_path, [3.2777], [135000], script="# a line of a long script\n" * 6900)
+    log = (tmp_path / "0.txt").read_bytes()
+    assert len(log) > 175_000
+    for i in range(1, 2000):
+        (tmp_path / f"{i}.txt").write_bytes(log)
+    program = f"import runpy, sys; sys.argv = ['record.py', 'stats', {str(tmp_path)!r}]\n"
+    program += f"try: runpy.run_path({str(TOOL)!r}, run_name='__main__')\nfinally: print(open('/proc/self/status').read())"
+    began = time.time()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert re.search(r"2225 +2000 +3\.2777", done.stdout)
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) < 300_000
+    print(f"{time.time() - began:.1f} s")
