@@ -3,6 +3,7 @@
     ./run.sh record stats LOG|DIR...          # final losses and times, and whether the mean loss is below the target
     ./run.sh record compare LOG|DIR LOG|DIR   # is the second faster, at a loss that is not worse?
     ./run.sh record diff LOG|SCRIPT|DIR ...   # what changed between the scripts of two records
+    ./run.sh record race A.py B.py --runs N   # run both alternately on this machine, then compare; the same command resumes
 
 Reads this project's logs and those of the public records since 2024-10; folders may be nested one level. Never imports torch.
 """
@@ -12,7 +13,9 @@ import difflib
 import json
 import math
 import re
+import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,8 +226,54 @@ def diff(arguments) -> int:
     return 0
 
 
+def launch_command(script: str, processes: int) -> list[str]:
+    """How run.sh starts a script: plainly for one process, else by torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*(torchrun if processes > 1 else [sys.executable]), script]
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs of this machine, 0 without their driver."""
+    if not shutil.which("nvidia-smi"):
+        return 0
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
+
+
+def race(arguments) -> int:
+    """Run A and B in turn until each has its runs, run i of both with the same seed, and compare them.
+
+    Both scripts must take --log_dir and --seed, as this project's do. Finished runs are those whose logs lie in OUT/a and OUT/b.
+    """
+    if arguments.runs < 2:
+        raise UsageError(f"--runs={arguments.runs}: one run proves nothing; give at least 2")
+    for script in (arguments.a, arguments.b):
+        if not Path(script).is_file():
+            raise UsageError(f"{script}: does not exist; name a training script")
+    folders = [Path(arguments.out) / side for side in ("a", "b")]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    processes = arguments.nproc or max(1, count_gpus())
+    for i in range(arguments.runs):
+        for script, folder in zip((arguments.a, arguments.b), folders, strict=True):
+            if sum(isinstance(read_run(log), Run) for log in folder.glob("*.txt")) > i:
+                continue
+            print(f"run {i + 1} of {arguments.runs}: {script}", flush=True)
+            command = [*launch_command(script, processes), *arguments.flags, f"--seed={arguments.seed + i}", f"--log_dir={folder}"]
+            if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                raise UsageError(f"{script}: run {i + 1} ended with code {code}; mend it, and the same command goes on from here")
+    arguments.a, arguments.b = map(str, folders)
+    return compare(arguments)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusals are one line."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (--help lists what there is)")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="record.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="record.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("stats", help="final losses, times and p of runs")
     command.add_argument("paths", nargs="+", metavar="LOG|DIR")
@@ -237,10 +286,24 @@ def main() -> int:
         command.add_argument("a", metavar="A")
         command.add_argument("b", metavar="B")
         command.set_defaults(run=function)
-    arguments = parser.parse_args()
+    command = commands.add_parser("race", allow_abbrev=False, help="run two scripts alternately on this machine, then compare; other flags go to both")
+    command.add_argument("a", metavar="A.py")
+    command.add_argument("b", metavar="B.py")
+    command.add_argument("--runs", type=int, default=10, help="runs of each script [10]")
+    command.add_argument("--out", default="logs/race", help="folder of the logs [logs/race]")
+    command.add_argument("--seed", type=int, default=1, help="seed of the first run; the next ones count up [1]")
+    command.add_argument("--nproc", type=int, default=0, help="processes [all GPUs, or 1]")
+    command.set_defaults(run=race)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe
     try:
+        arguments, flags = parser.parse_known_args()
+        if flags and arguments.run is not race:
+            parser.error(f"unknown argument {flags[0]}")
+        arguments.flags = flags
         return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("record.py: stopped by Ctrl-C", file=sys.stderr)
+        return 130
     except UsageError as error:
         print(f"record.py: {error}", file=sys.stderr)
         return 2

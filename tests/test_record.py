@@ -1,13 +1,16 @@
 """The record tool on the published numbers, as logs, and on what else lies in folders of logs."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from shards import tiny_flags
 
 TOOL = Path(__file__).parent.parent / "records" / "record.py"
 LINE = "=" * 100
@@ -117,6 +120,12 @@ def test_bad_input(tmp_path, prepare, says):
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("record.py: ") and says in done.stderr
 
 
+def test_unknown_arguments(tmp_path):
+    for arguments in (["stats"], ["stats", tmp_path, "--fast"], ["compare", "a"], ["sort"]):
+        done = tool(*arguments)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("record.py: ")
+
+
 def test_one_run_cannot_be_compared(tmp_path):
     write_runs(tmp_path, [3.27], [1])
     done = tool("compare", tmp_path, tmp_path)
@@ -136,6 +145,39 @@ def test_diff_takes_the_scripts_out_of_logs(tmp_path):
     assert piped.stdout == "muon_lr: 0.03 -> 0.04\n" and not piped.stderr
     (tmp_path / "notes.txt").write_text("no log\n")
     assert "neither a script nor a log" in tool("diff", tmp_path / "notes.txt", tmp_path / "b.py").stderr
+
+
+def test_race_resumes(tmp_path):
+    """Two real scripts on the CPU, two runs each, killed in the second round: the finished runs are kept, the rest is run."""
+    script = TOOL.parent.parent / "train_gpt.py"
+    other = tmp_path / "other.py"
+    other.write_text(script.read_text())
+    flags = [*tiny_flags(tmp_path), "--num_scheduled_iterations=6", "--num_extension_iterations=0", "--warmup_steps=0"]
+    command = [sys.executable, str(TOOL), "race", str(other), str(script), "--runs=2", f"--out={tmp_path}/race", "--nproc=1", *flags]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    lines = [next(first.stdout) for _ in range(3)]
+    assert lines[2].startswith("run 2 of 2: ") and "other.py" in lines[2]
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("run ")] == [f"run 2 of 2: {other}", f"run 2 of 2: {script}"]
+    for side in ("a", "b"):
+        whole = [path.read_text() for path in (tmp_path / "race" / side).iterdir() if "step:6/6 val_loss" in path.read_text()]
+        assert sorted(re.search(r"^seed=(\d+)$", text, re.M)[1] for text in whole) == ["1", "2"]
+    assert "A: 2 runs of 6 steps" in done.stdout and "times, B - A:" in done.stdout and "losses, B - A: +0.00000" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert again.returncode == 0 and not re.search("^run ", again.stdout, re.M)
+
+
+def test_race_refuses(tmp_path):
+    assert "at least 2" in tool("race", TOOL, TOOL, "--runs=1").stderr
+    assert "missing.py: does not exist" in tool("race", tmp_path / "missing.py", TOOL).stderr
+    failing = tmp_path / "failing.py"
+    failing.write_text("raise SystemExit(3)")
+    done = tool("race", failing, failing, f"--out={tmp_path}/race", "--nproc=1")
+    assert done.returncode == 2 and "run 1 ended with code 3" in done.stderr
 
 
 def test_two_thousand_logs(tmp_path):
