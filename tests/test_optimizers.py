@@ -21,7 +21,7 @@ def reference_polar(u):
 
 
 def reference_normuon(w, grads, lrs, lr_mul, decay, momentum, beta2):
-    """One matrix through all steps, as SYSTEM's four steps read, in float64."""
+    """One matrix through all steps, in float64: momentum, polar factor, second moment, decay."""
     w, m, v = w.double(), torch.zeros_like(w).double(), torch.zeros(w.shape[1]).double()
     for g, lr in zip(grads, lrs, strict=True):
         g = g.double()
