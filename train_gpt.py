@@ -5,7 +5,7 @@
     python train_gpt.py --help                                                  # every setting
 
 Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 408 ms and 20.0 GiB, from empty caches
-to step 0 in 33 s; on two H200s 212 ms. README.md says on what data, to which losses and at which commit. Not yet run on 8 GPUs.
+to step 0 in 33 s; on two H200s 212 ms. README.md says on what data, to which losses, and at which earlier commits.
 
 The rooms, in order: settings, kernels, model, optimizers, data, schedules, log, main. A room uses only rooms above it.
 """
@@ -211,7 +211,10 @@ def check_settings(s: Hyperparameters):
         raise UsageError(f"--model_dim={s.model_dim}: give a multiple of 4 x --num_heads={s.num_heads}, at least 12")
     if not 2 <= s.vocab_size <= 65_536:
         raise UsageError(f"--vocab_size={s.vocab_size}: token ids are uint16, so give 2 to 65536")
-    layer_table(s), skip_table(s), [parse_window(s, name) for name in ("extension_window", "final_window")], window_table(s)
+    for table in (layer_table, skip_table, window_table):
+        table(s)
+    for name in ("extension_window", "final_window"):
+        parse_window(s, name)
     if s.backout != -1 and not (0 <= s.backout < len(LAYERS)):
         raise UsageError(f"--backout={s.backout}: give a layer from 0 to {len(LAYERS) - 1}, or -1 for none")
 
@@ -538,16 +541,11 @@ def _e5m2_bits(x):
 @triton.jit
 def _loss_backward_kernel(
     z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, words_ptr, T, V, QUADS, INV_SCALE: tl.constexpr,
-    CAP: tl.constexpr, SLOPE: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    CAP: tl.constexpr, SLOPE: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of z times INV_SCALE, for 4 BM rows, in dz's dtype; or in the bits of e5m2, and its transpose in words of four rows."""
-    # GROUP tiles of rows advance together: what runs at one time then lies close in all three arrays.
-    tiles, across = tl.cdiv(T, 4 * BM), tl.cdiv(V, BN)
-    first = tl.program_id(0) // (GROUP * across) * GROUP
-    group = tl.minimum(tiles - first, GROUP)
-    place = tl.program_id(0) % (GROUP * across)
-    quads = (first + place % group).to(tl.int64) * BM + tl.arange(0, BM)
-    columns = (place // group).to(tl.int64) * BN + tl.arange(0, BN)
+    quads = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
+    columns = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     words = tl.zeros([BM, BN], tl.uint32)
     for part in tl.static_range(4):
         rows = 4 * quads + part
@@ -585,9 +583,9 @@ def loss_backward(z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: b
     dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
     dzt = dz.new_empty(V, T) if fp8 else None
     out, words = (dz.view(torch.uint8), dzt.view(torch.int32)) if fp8 else (dz, None)
-    _loss_backward_kernel[(triton.cdiv(T, 64) * triton.cdiv(V, 128),)](
+    _loss_backward_kernel[triton.cdiv(V, 128), triton.cdiv(T, 64)](
         z, targets, lse, dloss, out, words, T, V, T // 4, INV_SCALE=1 / GRAD_SCALE if fp8 else 1.0, CAP=SOFTCAP,
-        SLOPE=SOFTCAP_SLOPE, FP8=fp8, BM=16, BN=128, GROUP=8, num_warps=4,
+        SLOPE=SOFTCAP_SLOPE, FP8=fp8, BM=16, BN=128, num_warps=4,
     )  # fmt: skip
     return dz, dzt
 

@@ -33,8 +33,8 @@ KERNELS = {
     "query": (g._attention_query_kernel, *tiles("query")),
     "key": (g._attention_key_kernel, *tiles("key")),
     "loss": (g._loss_kernel, CAP | {"BLOCK": 2048}, {}, 4, 3),
-    "loss backward fp8": (g._loss_backward_kernel, CAP | {"INV_SCALE": 448.0, "FP8": True, "BM": 16, "BN": 128, "GROUP": 8}, {"dz_ptr": "*u8"}, 4, 3),
-    "loss backward bf16": (g._loss_backward_kernel, CAP | {"INV_SCALE": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 128, "GROUP": 8}, {}, 4, 3),
+    "loss backward fp8": (g._loss_backward_kernel, CAP | {"INV_SCALE": 448.0, "FP8": True, "BM": 16, "BN": 128}, {"dz_ptr": "*u8"}, 4, 3),
+    "loss backward bf16": (g._loss_backward_kernel, CAP | {"INV_SCALE": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 128}, {}, 4, 3),
     "scatter": (g._scatter_add_kernel, {"BLOCK": 256}, {}, 2, 3),
 }
 kernel, constants, types, warps, stages = KERNELS[sys.argv[1]]
