@@ -159,7 +159,8 @@ def test_loss_not_finite(tmp_path):
     refused(done, "not finite", "lower the learning rates")
     named = int(re.search(r"the loss of step (\d+) is", done.stderr)[1])
     text = only_log(tmp_path).read_text()
-    assert f"step:{named}/20 train_time" in text and f"step:{named + 10}/20" not in text and "stopped: the loss of step" in text
+    assert named < 10 and f"step:{named}/20 train_time" in text and "stopped: the loss of step" in text
+    assert "step:20/20" not in text  # it did not wait for the last validation
 
 
 def test_last_update_not_finite(tmp_path):
@@ -208,6 +209,17 @@ def test_ctrl_c(tmp_path, ranks):
     while alive(child.pid) and time.time() < deadline:
         time.sleep(0.2)
     assert not alive(child.pid)
+
+
+def test_killed_run_keeps_its_lines(tmp_path):
+    """What the console has shown is in the log, even when nothing could be closed."""
+    child = subprocess.Popen([sys.executable, str(SCRIPT), *tiny_flags(tmp_path)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    for line in child.stdout:
+        if line.startswith("step:2/"):
+            break
+    child.kill()
+    child.communicate()
+    assert "step:2/20 train_time" in only_log(tmp_path).read_text()
 
 
 def test_terminal_shows_a_bar(tmp_path):
