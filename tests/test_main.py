@@ -195,7 +195,10 @@ def test_ctrl_c(tmp_path, ranks):
     """SIGINT to the foreground group, as a terminal sends it: a readable log, and nobody is left."""
     flags = [*tiny_flags(tmp_path), "--model_dim=128", "--num_heads=4"]
     command = [sys.executable] if ranks == 1 else [*TORCHRUN, f"--nproc_per_node={ranks}"]
-    child = subprocess.Popen([*command, str(SCRIPT), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)  # fmt: skip
+    child = subprocess.Popen(
+        [*command, str(SCRIPT), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started in the background inherit it ignored
+    )  # fmt: skip
     for line in child.stdout:
         if line.startswith("step:2/"):
             break
