@@ -88,6 +88,15 @@ def test_step_returns_the_mean_loss(tmp_path):
     assert trainer.train_step(0, batches, (128, 384)).item() == pytest.approx(5.950643, abs=1e-5)  # ln 384
 
 
+def test_adam_steps_on_odd_steps_and_counts_its_own(tmp_path, monkeypatch):
+    s, world = train_gpt.parse_settings(tiny_flags(tmp_path)), train_gpt.World()
+    trainer, loader, calls = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world), []
+    monkeypatch.setattr(trainer.adam, "step", lambda scale, t: calls.append((step, t)))
+    for step, batches in enumerate(loader.stream(0, 6)):
+        trainer.train_step(step, batches, (128, 384))
+    assert calls == [(1, 1), (3, 2), (5, 3)]
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_processes_agree(tmp_path, ranks):
     flags = [*tiny_flags(tmp_path), "--val_loss_every=1"]
