@@ -19,6 +19,7 @@ import itertools
 import math
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -1304,6 +1305,60 @@ def describe_machine(world: World) -> str:
     return "\n".join(lines)
 
 
+def calibrate(s: Hyperparameters, world: World) -> str:
+    """How fast this machine is, a line a rank, so that a slower idea can be told from a slower machine; takes about a second.
+
+    The GEMMs are an MLP's first product and the head's, on normal random numbers; all_reduce counts the bytes that a ring
+    sends, 2 (ranks - 1) / ranks of the tensor; launch is the host's time to start a small operation. Clocks are read under load.
+    """
+    gpu, T, width, classes = world.device.type == "cuda", s.train_tokens, s.model_dim, math.ceil(s.vocab_size / 128) * 128
+
+    def seconds(call, repeats: int | None = None) -> float:
+        """Of a call, the middle of three bursts: of so many calls, or of as many as fill 50 ms."""
+        bursts, count = [], repeats or 1
+        while len(bursts) < 3:
+            if gpu:
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(count):
+                call()
+            if gpu:
+                torch.cuda.synchronize()
+            spent = time.perf_counter() - began
+            if repeats or spent > 0.05:
+                bursts.append(spent / count)
+            else:
+                count *= 2
+        return sorted(bursts)[1]
+
+    normal = lambda *shape: torch.randn(*shape, device=world.device).to(world.dtype)  # noqa: E731
+    x, w, small = normal(T, width), normal(width, 4 * width), normal(1)
+    out, big = normal(T, 4 * width), torch.ones(2**26 if gpu else 2**24, device=world.device)
+    other = big.clone()
+    part = other[: len(other) // 4]
+    ask = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader,nounits"]
+    if has_smi := gpu and shutil.which("nvidia-smi"):
+        smi = subprocess.Popen([*ask, f"--id=GPU-{torch.cuda.get_device_properties(world.device).uuid}"], stdout=subprocess.PIPE, text=True)
+    figures = [f"{str(world.dtype)[6:]}_gemm={8e-12 * T * width**2 / seconds(lambda: torch.mm(x, w, out=out)):.4g}TFLOP/s"]
+    if world.fp8:
+        one, x8, w8 = torch.ones((), device=world.device), x.to(torch.float8_e4m3fn), normal(classes, width).to(torch.float8_e4m3fn)
+        spent = seconds(lambda: torch._scaled_mm(x8, w8.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True))
+        figures.append(f"fp8_gemm={2e-12 * T * width * classes / spent:.4g}TFLOP/s")
+    figures.append(f"copy={2e-9 * big.nbytes / seconds(lambda: other.copy_(big)):.4g}GB/s")
+    if world.size > 1:
+        spent = seconds(lambda: dist.all_reduce(part), repeats=5)
+        figures.append(f"all_reduce={2e-9 * (world.size - 1) / world.size * part.nbytes / spent:.4g}GB/s")
+    figures.append(f"launch={1e6 * seconds(lambda: small.add_(1)):.3g}us")
+    if has_smi:
+        units = zip(("sm_clock", "memory_clock", "power_limit"), smi.communicate()[0].split(","), ("MHz", "MHz", "W"), strict=False)
+        figures += [f"{name}={value.strip()}{unit}" for name, value, unit in units]
+    lines = [f"calibration rank {world.rank}: {' '.join(figures)}"]
+    if world.size > 1:
+        own, lines = lines[0], [None] * world.size
+        dist.all_gather_object(lines, own)
+    return "\n".join(lines)
+
+
 def final_report(model: GPT) -> str:
     """Peak memory since warm-up and the final lambdas, for the end of the log."""
     if model.lambdas.is_cuda:
@@ -1438,9 +1493,6 @@ class Trainer:
             tensor.copy_(value)
         for stack in self.normuon.stacks + self.adam.stacks:
             stack.grad.zero_()
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
 
 
 def run(s: Hyperparameters, world: World):
@@ -1448,14 +1500,19 @@ def run(s: Hyperparameters, world: World):
     train, val = TrainLoader(s, world), ValLoader(s, world)
     with Log(s, world) as log:
         log.write(f"{Path(__file__).read_text()}\n{SEPARATOR}\n{describe_machine(world)}", show=False)
-        log.write(f"{describe_settings(s)}", show=False)
+        log.write(f"arguments: {shlex.join(sys.argv[1:])}\n{describe_settings(s)}", show=False)
         began = seconds_since_launch()
         trainer = Trainer(s, world)
         train.check()
         built = seconds_since_launch()
         trainer.warm_up(train, val)
+        warm = seconds_since_launch()
+        log.write(calibrate(s, world), show=False)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         ready = seconds_since_launch()
-        log.write(f"start: {ready:.1f} s from launch to step 0 (import {began:.1f}, build {built - began:.1f}, warm-up {ready - built:.1f})")
+        parts = f"import {began:.1f}, build {built - began:.1f}, warm-up {warm - built:.1f}, calibration {ready - warm:.1f}"
+        log.write(f"start: {ready:.1f} s from launch to step 0 ({parts})")
         log.write(SEPARATOR, show=False)
 
         meter, stream = Meter(log, s.total_steps, world.device), train.stream(0, s.total_steps)
@@ -1477,8 +1534,9 @@ def run(s: Hyperparameters, world: World):
 
 
 def main() -> int:
-    """Parse the flags and run; returns 0. A user's mistake ends in one line, from rank 0, and the exit code 2."""
-    first = os.environ.get("RANK", "0") == "0"
+    """Parse the flags and run; returns 0. A user's mistake ends in one line and the exit code 2."""
+    rank = os.environ.get("RANK", "0")
+    first = rank == "0"
     try:
         settings = parse_settings(sys.argv[1:])
         run(settings, connect(settings))
@@ -1491,8 +1549,9 @@ def main() -> int:
         message, code = "the GPU is out of memory; raise --micro_batches, which makes the packed sequences smaller", 1
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
-    if first:
-        print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
+    if not first:
+        time.sleep(5)  # rank 0, if it stops alike, says so, and torchrun then ends this process in its sleep
+    print(f"train_gpt.py: {'' if first else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)  # an orderly end would wait for shards still to be read, and for ranks that wait in a collective
 

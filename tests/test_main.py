@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -46,7 +47,9 @@ def test_log(tmp_path):
     assert source.rstrip() == SCRIPT.read_text().rstrip()
     for part in ("Python 3.", "PyTorch 2.", "Triton 3.", "1 x CPU process", "head: float32", "seed=1337", "layer 11: window=long value=ve2 attention=1 mlp=1"):
         assert part in head
-    assert re.search(r"^start: [\d.]+ s from launch to step 0", head, re.M)
+    assert re.search(r"^start: [\d.]+ s from launch to step 0 \(import [\d.]+, build [\d.]+, warm-up [\d.]+, calibration [0-2]\.\d\)$", head, re.M)
+    assert re.search(r"^calibration rank 0: float32_gemm=[\d.]+TFLOP/s copy=[\d.]+GB/s launch=[\d.]+us$", head, re.M)
+    assert f"\narguments: {shlex.join(tiny_flags(tmp_path))}\n" in head
     steps = [line for line in body.splitlines() if line.startswith("step:")]
     numbers = [int(re.match(r"step:(\d+)/20 ", line)[1]) for line in steps]
     assert numbers == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15, 15, 16, 17, 18, 19, 20, 20]
@@ -104,7 +107,10 @@ def test_processes_agree(tmp_path, ranks):
     assert together.returncode == 0, together.stderr
     a, b = val_losses(alone.stdout), val_losses(together.stdout)
     assert len(a) == len(b) == 21 and max(abs(x - y) for x, y in zip(a, b, strict=True)) <= 1e-3
-    assert len(list((tmp_path / "logs").iterdir())) == 2  # only rank 0 writes one
+    logs = [path.read_text() for path in (tmp_path / "logs").iterdir()]  # only rank 0 writes one
+    assert sorted(len(re.findall(r"^calibration rank \d:", text, re.M)) for text in logs) == [1, ranks]
+    assert all(("all_reduce=" in line) == (len(logs) == 2 and f"calibration rank {ranks - 1}:" in text) for text in logs for line in text.splitlines()
+               if line.startswith("calibration"))  # fmt: skip
 
 
 def test_import_runs_nothing(tmp_path):

@@ -157,18 +157,21 @@ def test_race_resumes(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     lines = [next(first.stdout) for _ in range(3)]
-    assert lines[2].startswith("run 2 of 2: ") and "other.py" in lines[2]
+    assert lines[2].startswith(f"run: {other} ") and "--seed=2" in lines[2]
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("run ")] == [f"run 2 of 2: {other}", f"run 2 of 2: {script}"]
+    assert [(line.split()[1], "--seed=2" in line) for line in done.stdout.splitlines() if line.startswith("run: ")] == [(str(other), True), (str(script), True)]
     for side in ("a", "b"):
         whole = [path.read_text() for path in (tmp_path / "race" / side).iterdir() if "step:6/6 val_loss" in path.read_text()]
         assert sorted(re.search(r"^seed=(\d+)$", text, re.M)[1] for text in whole) == ["1", "2"]
     assert "A: 2 runs of 6 steps" in done.stdout and "times, B - A:" in done.stdout and "losses, B - A: +0.00000" in done.stdout
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-    assert again.returncode == 0 and not re.search("^run ", again.stdout, re.M)
+    assert again.returncode == 0 and not re.search("^run: ", again.stdout, re.M)
+    other.write_text(script.read_text() + "\n# another version\n")
+    changed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert changed.returncode == 2 and "holds runs of another version" in changed.stderr
 
 
 def test_race_refuses(tmp_path):
@@ -194,3 +197,145 @@ def test_two_thousand_logs(tmp_path):
     assert re.search(r"2225 +2000 +3\.2777", done.stdout)
     assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) < 300_000
     print(f"{time.time() - began:.1f} s")
+
+
+CALIBRATION = "calibration rank 0: bfloat16_gemm={}TFLOP/s copy=4270GB/s launch=3.9us power_limit=700.00W"
+TASK = "val_files=data/fineweb10B/fineweb_val_*.bin\nval_tokens=10485760\ntrain_files=data/fineweb10B/fineweb_train_*.bin"
+
+
+def calibrated(gemm, other=None):
+    lines = [CALIBRATION.format(gemm)] + ([CALIBRATION.format(other).replace("rank 0", "rank 1")] if other else [])
+    return "\n".join(lines)
+
+
+def test_compare_tells_machines_apart(tmp_path):
+    write_runs(tmp_path / "a", PRIOR, PRIOR_MS, settings=calibrated(700))
+    write_runs(tmp_path / "near", NEW, NEW_MS, settings=calibrated(706, 704))
+    write_runs(tmp_path / "far", NEW, NEW_MS, settings=calibrated(705, 690))
+    write_runs(tmp_path / "none", NEW, NEW_MS)
+    text = tool("compare", tmp_path / "a", tmp_path / "near").stdout
+    assert "bfloat16_gemm TFLOP/s: A 700, B 704 (+0.6%)" in text and "launch us: A 3.9, B 3.9" in text and "machines differ" not in text
+    text = tool("compare", tmp_path / "a", tmp_path / "far").stdout
+    assert "The machines differ by more than 1 % (bfloat16_gemm -1.4%)" in text
+    assert "The logs of B hold no calibration" in tool("compare", tmp_path / "a", tmp_path / "none").stdout
+
+
+def is_png(path, width):
+    data = path.read_bytes()
+    return data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") == width
+
+
+def test_new_plot_and_history(tmp_path):
+    """A record from the published numbers, a second one against it, and the table of both."""
+    records, readme = tmp_path / "records", tmp_path / "README.md"
+    marks = "<!-- records: written by ./run.sh record history -->", "<!-- end of records -->"
+    readme.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    shared = f"devices: 8 x NVIDIA H100\nPyTorch 2.13.0\narguments: --seed=7 --muon_lr=0.03\nmuon_lr=0.03\n{TASK}\n"
+    write_runs(tmp_path / "a", PRIOR, PRIOR_MS, settings=shared + calibrated(700), script="def f():\n    return 1")
+    write_runs(tmp_path / "b", NEW, NEW_MS, settings=shared.replace("0.03", "0.04") + calibrated(680), script="def f():\n    return 2")
+    done = tool("new", "first", tmp_path / "a", f"--records={records}", "--what=The first", "--note=Only a test.")
+    assert done.returncode == 0, done.stderr
+    (first,) = records.iterdir()
+    text = (first / "README.md").read_text()
+    for part in ("# The first\n", "10 runs of 2225 steps on 8×NVIDIA H100: validation loss 3.2770 ± 0.0012, 164.452 ± 0.207 s", "p = 0.0000", "Only a test.",
+                 f"torchrun --standalone --nproc_per_node=8 records/{first.name}/train_gpt.py --muon_lr=0.03\n", "compared with none",
+                 "| 0.txt | - | 3.2784 | 164.443 |", "PyTorch 2.13.0"):  # fmt: skip
+        assert part in text, part
+    assert (first / "train_gpt.py").read_text() == "def f():\n    return 1\n" and len(list((first / "logs").iterdir())) == 10
+    assert is_png(first / "curves.png", 1000)
+    assert "exists already" in tool("new", "first", tmp_path / "a", f"--records={records}").stderr
+
+    assert tool("new", "second", tmp_path / "b", f"--records={records}").returncode == 0
+    text = next(records.glob("*_second/README.md")).read_text()
+    assert "+1 -1 lines, in `f`" in text and "- `muon_lr: 0.03 -> 0.04`" in text and f"Against `{first}`" in text
+
+    (records / "reported.json").write_text('[{"date": "2024-10-10", "what": "theirs", "machine": "8×H100", "steps": null, "losses": [3.27, 3.271], "seconds": [900, 901]}]')
+    (records / "ablations").mkdir()
+    for _ in range(2):  # a second time changes nothing
+        assert tool("history", f"--records={records}", f"--readme={readme}").returncode == 0
+        lines = readme.read_text().splitlines()
+        assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+        assert [line.split(" | ")[1] for line in lines if line.startswith("| 20")] == ["second", "The first", "theirs"]
+        assert "reported by others" in lines[6] and f"](records/{first.name}) |" in lines[5]
+        assert any("differ by more than 1 %: bfloat16_gemm -2.9%" in line for line in lines)
+    assert tool("plot", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out.png", f"--records={records}").returncode == 0
+    assert is_png(tmp_path / "out.png", 1000)
+
+
+def test_new_refuses(tmp_path):
+    arguments = [f"--records={tmp_path}/records"]
+    weak = write_runs(tmp_path / "weak", [3.28, 3.281], [1, 2], settings=TASK)
+    assert "nothing is proven: p = " in tool("new", "a", weak, *arguments).stderr
+    other = write_runs(tmp_path / "other", PRIOR, PRIOR_MS, settings=TASK.replace("10485760", "1572864"))
+    assert "is not the target's, 10485760 of FineWeb" in tool("new", "a", other, *arguments).stderr
+    one = write_runs(tmp_path / "one", [3.2], [1], settings=TASK)
+    assert "one run gives no p" in tool("new", "a", one, *arguments).stderr
+    mixed = write_runs(tmp_path / "mixed", PRIOR, PRIOR_MS, script="x = 1")
+    write_runs(tmp_path / "mixed" / "more", [3.2], [1], script="x = 2")
+    assert "made by another script" in tool("new", "a", mixed, *arguments).stderr
+    uneven = write_runs(tmp_path / "uneven", PRIOR, PRIOR_MS, settings=f"{TASK}\nseed=1\nmuon_lr=1")
+    write_runs(uneven / "more", [3.2], [1], settings=f"{TASK}\nseed=2\nmuon_lr=2")
+    assert "other settings than" in tool("new", "a", uneven, *arguments).stderr and "muon_lr: 1 -> 2" in tool("new", "a", uneven, *arguments).stderr
+    assert "name a record by letters" in tool("new", "../a", weak, *arguments).stderr
+    assert not (tmp_path / "records").exists()
+    assert tool("new", "a", weak, "--unproven", *arguments).returncode == 0
+    assert "**no claim to the target**" in next((tmp_path / "records").glob("*/README.md")).read_text()
+
+
+def test_bad_pictures_and_tables(tmp_path):
+    runs = write_runs(tmp_path / "runs", PRIOR, PRIOR_MS)
+    for command in (["plot", runs, "-o", tmp_path / "none" / "a.png"], ["plot", runs, "-o", tmp_path / "a.xyz"], ["plot", tmp_path / "x", "-o", "a.png"]):
+        done = tool(*command)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    (tmp_path / "README.md").write_text("no marks\n")
+    assert "the table's place is not marked" in tool("history", f"--readme={tmp_path}/README.md").stderr
+    assert "cannot be read" in tool("history", f"--readme={tmp_path}/none.md").stderr
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "lists no setting"),
+        ("a b: --x=1", ":1: cannot read"),
+        ("a: --x=1\na: --x=2", ":2: cannot read"),
+        ("seeds: x\na:", ":1: cannot read"),
+        ("a: x.patch --x=1", "x.patch does not exist"),
+        ("a: x=1", "'x=1' is not a flag"),
+    ],
+)
+def test_bad_sweep(tmp_path, text, says):
+    (tmp_path / "list.txt").write_text(text)
+    done = tool("sweep", tmp_path / "list.txt", f"--out={tmp_path}/out")
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_sweep_refuses_a_patch_that_does_not_apply(tmp_path):
+    (tmp_path / "a.patch").write_text("--- a/train_gpt.py\n+++ b/train_gpt.py\n@@ -1,1 +1,1 @@\n-nothing like it\n+x\n")
+    (tmp_path / "list.txt").write_text("a: a.patch\n")
+    done = tool("sweep", tmp_path / "list.txt", f"--out={tmp_path}/out")
+    assert done.returncode == 2 and "a.patch: does not apply" in done.stderr
+
+
+def test_sweep_resumes(tmp_path):
+    """Two settings, two seeds, on the CPU: killed in the second round, gone on with, and a setting that fails is named."""
+    (tmp_path / "list.txt").write_text("seeds: 3 4\nflags: --num_scheduled_iterations=4\nbaseline:\nno-mlp: --layers=5.mlp=0  # one less\n")
+    flags = [*tiny_flags(tmp_path), "--num_extension_iterations=0", "--warmup_steps=0"]
+    flags = [flag for flag in flags if not flag.startswith("--num_scheduled")]
+    command = [sys.executable, str(TOOL), "sweep", str(tmp_path / "list.txt"), f"--out={tmp_path}/out", "--nproc=1", *flags]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    lines = [next(first.stdout) for _ in range(3)]
+    assert "baseline/train_gpt.py" in lines[2] and "--seed=4" in lines[2]
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run: ") == 2 and done.stdout.count("--seed=4") == 2
+    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert re.match(r"\| baseline \| 2 \| 5\.\d{4} \| 0\.\d{4} \| \+0\.0000 \|", table[2]) and table[3].startswith("| no-mlp | 2 |")
+    assert is_png(tmp_path / "out" / "losses.png", 1000)
+    with open(tmp_path / "list.txt", "a") as file:
+        file.write("broken: --layers=5.mlp=x\n")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 1 and done.stdout.count("run: ") == 1
+    assert "broken, seed 3: ended with code 2: train_gpt.py: --layers: cannot read" in done.stderr and "| broken | 0 | - |" in (tmp_path / "out" / "table.md").read_text()
