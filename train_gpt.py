@@ -7,7 +7,7 @@
 Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 408 ms and 20.0 GiB, from empty caches
 to step 0 in 33 s; on two H200s 212 ms. README.md says on what data, to which losses, and at which earlier commits.
 
-The rooms, in order: settings, kernels, model, optimizers, data, schedules, log, main. A room uses only rooms above it.
+The rooms, in order: settings, kernels, model, optimizers, data, schedules, log, checkpoints, main. A room uses only rooms above it.
 """
 
 import argparse
@@ -18,9 +18,11 @@ import glob
 import itertools
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -128,7 +130,11 @@ class Hyperparameters:
     # run
     seed: int = setting(1337, "seed of the initial parameters")
     warmup_steps: int = setting(2, "throw-away steps before the clock, which compile everything; 0 for none")
-    log_dir: str = setting("logs", "folder of the logs")
+    log_dir: str = setting("logs", "folder of the logs and checkpoints")
+    save_every: int = setting(0, "steps between checkpoints, each in place of the one before; 0 for none")
+    save_checkpoint: bool = setting(False, "save a checkpoint at the end")
+    resume: str = setting("", "go on from this checkpoint, or from the latest in the folder of the logs")
+    profile: str = setting("", "profile these steps, FROM:TO, as 20:22, into a trace beside the log")
 
     @property
     def total_steps(self) -> int:
@@ -141,7 +147,7 @@ class Hyperparameters:
 
     @property
     def val_tokens_each(self) -> int:
-        """Tokens of a validation micro-batch."""
+        """Tokens of a validation micro-batch, but for the last, which may be shorter."""
         return self.val_batch_size // self.micro_batches
 
     @property
@@ -172,7 +178,7 @@ def parse_settings(arguments: list[str]) -> Hyperparameters:
     parser.error = _refuse_flag
     for f in fields:
         default = str(f.default).replace("%", "%%") or "(none)"
-        parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} [{default}]")
+        parser.add_argument(f"--{f.name}", type=true_or_false if f.type is bool else f.type, metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} [{default}]")
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -187,13 +193,20 @@ def parse_settings(arguments: list[str]) -> Hyperparameters:
     return settings
 
 
+def true_or_false(text: str) -> bool:
+    """The value of a yes-or-no flag; raises ValueError for anything else."""
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
+
+
 def _refuse_flag(message: str):
     raise UsageError(message.replace("argument --", "--", 1))
 
 
 def check_settings(s: Hyperparameters):
     """Raise UsageError, naming the flag, when a value is out of range or does not fit another."""
-    optional = ("seed", "val_loss_every", "num_extension_iterations", "momentum_warmup", "momentum_cooldown", "warmup_steps")
+    optional = ("seed", "val_loss_every", "num_extension_iterations", "momentum_warmup", "momentum_cooldown", "warmup_steps", "save_every")
     for f in dataclasses.fields(s):
         value = getattr(s, f.name)
         if f.type is float and not (math.isfinite(value) and value >= 0):
@@ -205,9 +218,10 @@ def check_settings(s: Hyperparameters):
             raise UsageError(f"--{name}={getattr(s, name)}: give a number below 1")
     if s.cooldown_frac > 1:
         raise UsageError(f"--cooldown_frac={s.cooldown_frac}: give a share of the scheduled steps, 0 to 1")
-    for whole, part in (("train_batch_size", "micro_batches"), ("val_batch_size", "micro_batches"), ("val_tokens", "val_batch_size")):
-        if getattr(s, whole) % getattr(s, part):
-            raise UsageError(f"--{whole}={getattr(s, whole)} is not a multiple of --{part}={getattr(s, part)}; change one of them")
+    if s.train_batch_size % s.micro_batches:
+        raise UsageError(f"--train_batch_size={s.train_batch_size} is not a multiple of --micro_batches={s.micro_batches}; change one of them")
+    if s.val_batch_size < s.micro_batches:
+        raise UsageError(f"--val_batch_size={s.val_batch_size} has no token for each of --micro_batches={s.micro_batches}; raise it")
     if s.model_dim % (4 * s.num_heads) or s.model_dim < 12:
         raise UsageError(f"--model_dim={s.model_dim}: give a multiple of 4 x --num_heads={s.num_heads}, at least 12")
     if not 2 <= s.vocab_size <= 65_536:
@@ -216,6 +230,7 @@ def check_settings(s: Hyperparameters):
         table(s)
     for name in ("extension_window", "final_window"):
         parse_window(s, name)
+    profiled_steps(s)
     if s.backout != -1 and not (0 <= s.backout < len(LAYERS)):
         raise UsageError(f"--backout={s.backout}: give a layer from 0 to {len(LAYERS) - 1}, or -1 for none")
 
@@ -264,6 +279,14 @@ def parse_window(s: Hyperparameters, name: str, text: str | None = None) -> tupl
 def window_table(s: Hyperparameters) -> list[tuple[int, int]]:
     """The scheduled (short, long) windows, in tokens."""
     return [parse_window(s, "windows", text) for text in s.windows.split(",")]
+
+
+def profiled_steps(s: Hyperparameters) -> range:
+    """The steps of --profile, none by default; raises UsageError."""
+    start, _, end = s.profile.partition(":")
+    if s.profile and not (start.isdecimal() and end.isdecimal() and int(start) < int(end) <= s.total_steps):
+        raise UsageError(f"--profile: cannot read {s.profile!r}; write FROM:TO, as 20:22, with FROM below TO, at most {s.total_steps}")
+    return range(int(start), int(end)) if s.profile else range(0)
 
 
 def describe_settings(s: Hyperparameters) -> str:
@@ -509,9 +532,14 @@ SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5)
 GRAD_SCALE = 1 / 448  # of the FP8 gradient of z, whose values lie within -1 and 1
 
 
+def softcap(z: Tensor) -> Tensor:
+    """Logits, float32, of head outputs z of any shape: bounded (arXiv 2408.00118)."""
+    return SOFTCAP * torch.sigmoid(z.float() / SOFTCAP_SLOPE)
+
+
 def loss_reference(z: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each row of head outputs z (T, classes), softcapped (arXiv 2408.00118), in float32: (T,)."""
-    return F.cross_entropy(SOFTCAP * torch.sigmoid(z.float() / SOFTCAP_SLOPE), targets.long(), reduction="none")
+    """Cross-entropy of each row of head outputs z (T, classes), softcapped, in float32: (T,)."""
+    return F.cross_entropy(softcap(z), targets.long(), reduction="none")
 
 
 @triton.jit
@@ -825,11 +853,13 @@ class GPT(nn.Module):
         self.scalars = nn.Parameter(torch.tensor([0.0, 0.5] + [-1.5] * len(self.skips)))
         self.rotary = Rotary(width // s.num_heads, max(s.train_tokens, s.val_tokens_each), world.dtype)
         self.to(world.device)
+        self.fetch = lambda parameters: None  # called before parameters are read; Trainer waits there for their communication
         # One graph serves every layer of a kind and every window; evaluation runs it uncompiled.
         self.compiled = [torch.compile(f, dynamic=False) if world.device.type == "cuda" else f for f in (embed, block, leave)]
 
-    def forward(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
-        """Loss of each token of the batch, float32 (T,). windows: how many tokens back short and long layers see."""
+    def trunk(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
+        """What the head reads: (T, width), normed. windows: how many tokens back short and long layers see."""
+        self.fetch((self.smear_gate, self.scalars, self.lambdas, self.embedding, *self.values))
         embed_, block_, leave_ = self.compiled if self.training else (embed, block, leave)
         at = torch.arange(len(batch.inputs), dtype=torch.int32, device=batch.inputs.device)
         visible = {
@@ -844,6 +874,7 @@ class GPT(nn.Module):
         kept, wanted = {}, {self.backout_layer, *(source for source, _ in self.skips)}
         for i, (layer, slot, lambdas) in enumerate(zip(self.layers, self.slots, self.lambdas.unbind(), strict=True)):
             if layer.attention or layer.mlp:
+                self.fetch(slot.parameters())
                 skips = tuple((gate, kept[a]) for (a, b), gate in zip(self.skips, skip_gates, strict=True) if b == i)
                 attention_paths = tuple(zip(slot.attention, slot.gate, strict=True))
                 mlp_paths = tuple(zip(slot.mlp_in, slot.mlp_out, strict=True))
@@ -851,16 +882,30 @@ class GPT(nn.Module):
                 x = block_(x, x0, skips, lambdas, attention_paths, mlp_paths, value, rotary, visible[layer.window])
             if i in wanted:
                 kept[i] = x
-        x = leave_(x, backout, kept.get(self.backout_layer))
+        return leave_(x, backout, kept.get(self.backout_layer))
+
+    def forward(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
+        """Loss of each token of the batch, float32 (T,); arguments as in `trunk`."""
+        x = self.trunk(batch, windows)
+        self.fetch((self.head,))
         if self.training:
             return head_loss(x, self.head, batch.targets, self.fp8)
         # Evaluation: no FP8, and a slice at a time, since all logits at once would not fit.
         slices = zip(x.split(8192), batch.targets.split(8192), strict=True)
         return torch.cat([head_loss(part, self.head, targets, False) for part, targets in slices])
 
+    def logits(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
+        """Softcapped logits, float32 (T, classes), the classes beyond the vocabulary included; arguments as in `trunk`."""
+        return softcap(self.trunk(batch, windows) @ self.head.t())
+
 
 # ======================================================================================================================
 # Optimizers
+
+
+# torch 2.13 has renamed these two, and 2.11 knows only the old names.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Stack:
@@ -874,8 +919,8 @@ class Stack:
     def __init__(self, parameters: list[nn.Parameter], unit: int | None, world: World, dtype: torch.dtype, grad_dtype: torch.dtype):
         numel = sum(p.numel() for p in parameters)
         unit = unit or math.ceil(numel / world.size)
-        self.chunks = math.ceil(numel / (unit * world.size))
-        self.parameters, self.world, self.armed, self.handles = parameters, world, False, []
+        self.numel, self.unit, self.chunks = numel, unit, math.ceil(numel / (unit * world.size))
+        self.parameters, self.world, self.armed, self.reduces, self.gathers = parameters, world, False, [], {}
         exact = torch.zeros(self.chunks, world.size, unit, dtype=parameters[0].dtype, device=world.device)
         exact.view(-1)[:numel].copy_(torch.cat([p.data.flatten() for p in parameters]))
         self.work = exact.to(dtype)
@@ -908,7 +953,7 @@ class Stack:
                         self._reduce(chunk)
 
     def _reduce(self, chunk: int):
-        self.handles.append(dist.reduce_scatter_tensor(self.own_grad[chunk], self.grad[chunk].view(-1), async_op=True))
+        self.reduces.append(reduce_scatter(self.own_grad[chunk], self.grad[chunk].view(-1), async_op=True))
 
     def finish_reduce(self):
         """After that backward pass: reduce what no hook announced, in the same order on every rank, and wait for all."""
@@ -917,21 +962,40 @@ class Stack:
                 if missing:
                     self._reduce(chunk)
         self.armed = False
-        self.wait()
+        for handle in self.reduces:
+            handle.wait()
+        self.reduces.clear()
 
     def publish(self):
-        """After the update of `own`: start to send it to every rank's `work`; `wait` ends it. Gradients begin at zero again."""
+        """After the update of `own`: start to send it to every rank's `work`; `fetch` ends it. Gradients begin at zero again."""
+        self.fetch()
         if self.own.data_ptr() != self.work[:, self.world.rank].data_ptr():
             self.work[:, self.world.rank].copy_(self.own)
         self.grad.zero_()
         if self.world.size > 1:
-            for chunk in self.work:
-                self.handles.append(dist.all_gather_into_tensor(chunk.view(-1), chunk[self.world.rank], async_op=True))
+            for i in reversed(range(self.chunks)):  # the first layers lie at the end, and are read first
+                self.gathers[i] = all_gather(self.work[i].view(-1), self.work[i, self.world.rank], async_op=True)
 
-    def wait(self):
-        for handle in self.handles:
-            handle.wait()
-        self.handles.clear()
+    def fetch(self, parameter: nn.Parameter | None = None):
+        """Before a parameter, or all of them, are read from `work`: wait for their chunks."""
+        for chunk in [i for i in self.gathers if parameter is None or parameter in self.members[i]]:
+            self.gathers.pop(chunk).wait()
+
+    def collect(self, shard: Tensor) -> Tensor:
+        """The whole of a state of which each rank holds (chunks, n), n for each unit of `own`: flat, without padding."""
+        full = shard.new_empty(self.chunks, self.world.size, shard.size(1))
+        for chunk, mine in zip(full, shard, strict=True):
+            if self.world.size > 1:
+                all_gather(chunk.view(-1), mine.contiguous())
+            else:
+                chunk[0] = mine
+        return full.view(-1)[: self.numel * shard.size(1) // self.unit]
+
+    def deal(self, full: Tensor, shard: Tensor):
+        """The inverse of `collect`: write this rank's share of a whole state into shard, (chunks, n)."""
+        padded = full.new_zeros(self.chunks * self.world.size * shard.size(1))
+        padded[: full.numel()] = full
+        shard.copy_(padded.view(self.chunks, self.world.size, -1)[:, self.world.rank])
 
 
 POLAR_EXPRESS = (
@@ -981,7 +1045,7 @@ class NorMuon:
     """NorMuon for the hidden matrices, one stack of equal shape, and for the gates. Steps every step."""
 
     def __init__(self, model: GPT, s: Hyperparameters, world: World):
-        self.s, self.world, self.stacks, self.parts = s, world, [], []
+        self.s, self.world, self.stacks, self.moments, self.parts = s, world, [], [], []
         order = list(reversed(model.slots))  # as the backward pass reaches them
         # Each matrix with the number of square ones that it holds and its learning rate factor.
         hidden = [entry for slot in order for w_out, w_in in zip(slot.mlp_out, slot.mlp_in, strict=True)
@@ -990,22 +1054,20 @@ class NorMuon:
         gates = [(p, 1, 1.0) for slot in order for p in slot.gate]
         for entries in filter(None, (hidden, gates, [(model.smear_gate, 1, 1.0)])):
             parameters = [p for p, _, _ in entries]
-            self.stacks.append(Stack(parameters, parameters[0].numel(), world, world.dtype, world.dtype))
+            stack = Stack(parameters, parameters[0].numel(), world, world.dtype, world.dtype)
+            self.stacks.append(stack)
+            self.moments.append((torch.zeros_like(stack.own), stack.own.new_zeros(stack.chunks, stack.unit // parameters[0].size(0))))
             mine = enumerate(entries[world.rank :: world.size])
             runs = (list(run) for _, run in itertools.groupby(mine, key=lambda entry: entry[1][1]))
-            self.parts.append([self._part(self.stacks[-1], run) for run in runs])
+            self.parts.append([self._part(stack, *self.moments[-1], run) for run in runs])
 
-    def _part(self, stack: Stack, run: list):
-        """Views (n, squares, rows, cols) of this rank's matrices of one kind and their gradients, with their state."""
+    def _part(self, stack: Stack, m: Tensor, v: Tensor, run: list):
+        """Views (n, squares, rows, cols) of this rank's matrices of one kind and their gradients, with their moments."""
         (first, (p, squares, _)), last = run[0], run[-1][0]
         rows, cols = p.size(0), p.size(1) // squares
-        w, g = (t[first : last + 1].view(-1, squares, rows, cols) for t in (stack.own, stack.own_grad))
+        w, g, m = (t[first : last + 1].view(-1, squares, rows, cols) for t in (stack.own, stack.own_grad, m))
         lr_mul = torch.tensor([rate for _, (_, _, rate) in run], device=w.device).view(-1, 1, 1, 1)
-        return w, g, torch.zeros_like(w), torch.zeros_like(w[:, :, :1]), lr_mul
-
-    def state(self) -> list[Tensor]:
-        """Every tensor that a step changes, but for the model's own."""
-        return [t for stack, parts in zip(self.stacks, self.parts, strict=True) for t in (stack.own, *(t for p in parts for t in p[2:4]))]
+        return w, g, m, v[first : last + 1].view(-1, squares, 1, cols), lr_mul
 
     def step(self, lr: float, momentum: float):
         """Update all matrices with the mean of the gradients summed over the step's micro-batches."""
@@ -1015,7 +1077,6 @@ class NorMuon:
             for w, g, m, v, lr_mul in parts:
                 g = g.to(m.dtype) / s.micro_batches
                 normuon_update(w, g, m, v, lr, lr_mul, s.muon_weight_decay, momentum, s.muon_beta2, self.world.dtype)
-            stack.publish()
 
 
 def adam_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, beta1: float, beta2: float, t: int):
@@ -1036,17 +1097,12 @@ class DistAdam:
         self.rates = [s.adam_lr * factor for _, factor in groups]
         self.moments = [(torch.zeros_like(k.own, dtype=torch.float32), torch.zeros_like(k.own, dtype=torch.float32)) for k in self.stacks]
 
-    def state(self) -> list[Tensor]:
-        """Every tensor that a step changes, but for the model's own."""
-        return [t for pair in self.moments for t in pair]
-
     def step(self, lr_scale: float, t: int):
         """The t-th update, t from 1, with the mean over micro-batches of the gradients gathered since the last."""
         for stack, rate, (m, v) in zip(self.stacks, self.rates, self.moments, strict=True):
             stack.finish_reduce()
             g = stack.own_grad / self.s.micro_batches
             adam_update(stack.own, g, m, v, rate * lr_scale, self.s.adam_beta1, self.s.adam_beta2, t)
-            stack.publish()
 
 
 # ======================================================================================================================
@@ -1109,6 +1165,12 @@ def make_batch(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.stack([tokens[:-1], tokens[1:], np.repeat(bounds[:-1], spans), np.repeat(bounds[1:] - 1, spans)]).astype(np.int32)
 
 
+def document_batch(tokens: np.ndarray, bos: int, device: torch.device) -> Batch:
+    """A Batch of T tokens from T + 1 token ids, in which a document starts at the first and at every BOS."""
+    starts = np.union1d([0], np.flatnonzero(tokens == bos))
+    return Batch(*torch.from_numpy(make_batch(tokens, starts)).to(device))
+
+
 class TrainLoader:
     """BOS-aligned training batches: a pure function of the step, so the stream is the same for any world, and rewinds.
 
@@ -1151,7 +1213,10 @@ class TrainLoader:
                 self.loads[near] = self.readers.submit(read_shard, self.paths[near], self.s.vocab_size)
         for done in [key for key in self.loads if key < shard]:
             del self.loads[done]
-        return self.loads[shard].result()
+        tokens, starts = self.loads[shard].result(), self.indexes[shard].result()[0]
+        if len(tokens) <= starts[-1] or not (tokens[starts] == self.s.bos).all():
+            raise UsageError(f"{self.paths[shard]}: changed since the run began; restore it, and go on with --resume=latest if checkpoints are on")
+        return tokens
 
     def host_batches(self, step: int) -> Tensor:
         """This rank's micro-batches of a step, int32 (micro-batches a rank, 4, T), in pinned memory where there is a GPU."""
@@ -1196,9 +1261,8 @@ class ValLoader:
         """Yield this rank's share of the micro-batches, each a Batch on the device."""
         size = self.s.val_tokens_each
         for start in range(self.world.rank * size, self.s.val_tokens, self.world.size * size):
-            tokens = self.tokens[start : start + size + 1]
-            starts = np.union1d([0], np.flatnonzero(tokens == self.s.bos))
-            yield Batch(*torch.from_numpy(make_batch(tokens, starts)).to(self.world.device))
+            tokens = self.tokens[start : min(start + size, self.s.val_tokens) + 1]
+            yield document_batch(tokens, self.s.bos, self.world.device)
 
 
 # ======================================================================================================================
@@ -1268,16 +1332,20 @@ class Log:
 
     def __exit__(self, kind, error, traceback):
         if self.file:
-            if error is not None:
-                self.file.write(f"stopped: {str(error) or kind.__name__}\n")
-            self.file.close()
+            with contextlib.suppress(OSError):  # a full disk has been told of already
+                if error is not None:
+                    self.file.write(f"stopped: {str(error) or kind.__name__}\n")
+                self.file.close()
         if self.bar is not None:
             self.bar.close()
 
     def write(self, text: str, show: bool = True):
         """A line, or several, for the file and, if shown, for the console."""
         if self.file:
-            self.file.write(text + "\n")
+            try:
+                self.file.write(text + "\n")
+            except OSError as error:
+                raise UsageError(f"{self.path}: cannot be written ({error.strerror}); free space, or give another --log_dir") from None
             if show and self.bar is not None:
                 self.bar.write(text, file=sys.stdout)
             elif show:
@@ -1299,6 +1367,7 @@ def describe_machine(world: World) -> str:
         f"PyTorch {torch.__version__} Triton {triton.__version__} CUDA {torch.version.cuda}",
         f"devices: {world.size} x {torch.cuda.get_device_name(world.device) if gpu else 'CPU process'}",
         f"head: {head}",
+        "not deterministic: embedding gradients, added by atomics in no fixed order" if gpu else "deterministic: the same settings give the same bits",
     ]
     if gpu and shutil.which("nvidia-smi"):
         lines.append(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout.rstrip())
@@ -1314,7 +1383,7 @@ def calibrate(s: Hyperparameters, world: World) -> str:
     gpu, T, width, classes = world.device.type == "cuda", s.train_tokens, s.model_dim, math.ceil(s.vocab_size / 128) * 128
 
     def seconds(call, repeats: int | None = None) -> float:
-        """Of a call, the middle of three bursts: of so many calls, or of as many as fill 50 ms."""
+        """Of a call, the middle of three bursts: of so many calls, or of as many as fill 50 ms (on a CPU 15)."""
         bursts, count = [], repeats or 1
         while len(bursts) < 3:
             if gpu:
@@ -1325,7 +1394,7 @@ def calibrate(s: Hyperparameters, world: World) -> str:
             if gpu:
                 torch.cuda.synchronize()
             spent = time.perf_counter() - began
-            if repeats or spent > 0.05:
+            if repeats or spent > (0.05 if gpu else 0.015):
                 bursts.append(spent / count)
             else:
                 count *= 2
@@ -1333,7 +1402,7 @@ def calibrate(s: Hyperparameters, world: World) -> str:
 
     normal = lambda *shape: torch.randn(*shape, device=world.device).to(world.dtype)  # noqa: E731
     x, w, small = normal(T, width), normal(width, 4 * width), normal(1)
-    out, big = normal(T, 4 * width), torch.ones(2**26 if gpu else 2**24, device=world.device)
+    out, big = normal(T, 4 * width), torch.ones(2**26 if gpu else 2**23, device=world.device)
     other = big.clone()
     part = other[: len(other) // 4]
     ask = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader,nounits"]
@@ -1374,16 +1443,17 @@ def final_report(model: GPT) -> str:
 
 
 class Meter:
-    """The training clock, which stops for validation, and the watch over the losses.
+    """The training clock, which stops for validation, and the watch over the losses and over the ranks' wish to stop.
 
     A step's time and loss are read once the device has passed it, a few steps later, so training never waits for them.
     """
 
     LAG = 8  # steps after which a loss is waited for
 
-    def __init__(self, log: Log, total_steps: int, device: torch.device):
-        self.log, self.total_steps, self.gpu = log, total_steps, device.type == "cuda"
-        self.before, self.pending = 0.0, deque()  # ms on the clock when it last started; steps not yet reported
+    def __init__(self, log: Log, total_steps: int, world: World, elapsed: float):
+        self.log, self.total_steps, self.gpu, self.alone = log, total_steps, world.device.type == "cuda", world.size == 1
+        self.before, self.pending = elapsed, deque()  # ms on the clock when it last started; steps not yet reported
+        self.stop_after = math.inf  # the step after which all ranks stop
 
     def _now(self):
         if not self.gpu:
@@ -1407,17 +1477,17 @@ class Meter:
         self.before = self._train_time(now)
         return self.before
 
-    def step(self, step: int, loss: Tensor):
-        """Note that `step` steps are queued on the device and that the last of them gives this mean loss."""
-        host = torch.empty((), pin_memory=self.gpu)
-        host.copy_(loss, non_blocking=True)
+    def step(self, step: int, result: Tensor):
+        """Note that `step` steps are queued on the device and that the last of them gives this result of Trainer.train_step."""
+        host = torch.empty(2, pin_memory=self.gpu)
+        host.copy_(result, non_blocking=True)
         self.pending.append((step, host, self._now()))
         self.report(self.LAG)
 
     def report(self, lag: int):
         """Log the steps that are done, waiting while more than lag are not; raise UsageError at a loss that is not finite."""
         while self.pending:
-            step, loss, mark = self.pending[0]
+            step, result, mark = self.pending[0]
             if self.gpu and len(self.pending) <= lag and not mark.query():
                 return
             if self.gpu:
@@ -1425,7 +1495,10 @@ class Meter:
             self.pending.popleft()
             ms = self._train_time(mark)
             self.log.step(f"step:{step}/{self.total_steps} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms", step)
-            self.check(step, loss.item())
+            loss, stops = result.tolist()
+            if stops and self.stop_after == math.inf:  # by then every rank has read this, so they stop after the same step
+                self.stop_after = step if self.alone else step + self.LAG
+            self.check(step, loss)
 
     def check(self, step: int, loss: float):
         """Raise UsageError when a loss is not finite."""
@@ -1433,20 +1506,229 @@ class Meter:
             raise UsageError(f"the loss of step {step} is {loss}, not finite; lower the learning rates (log: {self.log.path})")
 
 
+PARTS = (  # of a profile, by kernel names (on a CPU, operators'); the first that fits counts
+    ("communication", r"nccl|gloo|c10d"), ("attention", r"attention"), ("loss", r"_loss_|log_softmax|nll"), ("embeddings", r"_scatter_add|index_add|embedding"),
+    ("products", r"nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"), ("fused by the compiler", r"^triton_"), ("other", r""),
+)  # fmt: skip
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, end = 0.0, -math.inf
+    for low, high in sorted(spans):
+        total, end = total + max(0.0, high - max(low, end)), max(end, high)
+    return total
+
+
+class Profiler:
+    """--profile: a Chrome trace of rank 0's steps beside the log, and their time by part and by kernel in it."""
+
+    def __init__(self, s: Hyperparameters, world: World, log: Log):
+        self.steps, self.gpu, self.log = profiled_steps(s) if log.path else range(0), world.device.type == "cuda", log
+
+    def before(self, step: int):
+        if self.steps and step == self.steps[0]:
+            kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * self.gpu
+            self.profiler = torch.profiler.profile(activities=kinds)
+            self.profiler.start()
+
+    def ends(self, step: int) -> bool:
+        return bool(self.steps) and step == self.steps[-1]
+
+    def write(self):
+        """Once the device has passed the last profiled step: write the trace and the report."""
+        self.profiler.stop()
+        trace = self.log.path.with_suffix(".trace.json.gz")
+        self.profiler.export_chrome_trace(str(trace))
+        self.log.write(f"profile: steps {self.steps[0]} to {self.steps[-1]}, trace {trace}; their time on the clock includes the profiler's")
+        self.log.write("\n".join(self.report()))
+
+    def report(self) -> list[str]:
+        """Lines of time a step, by part and for the longest kernels (on a CPU, operators without what they call)."""
+        if self.gpu:
+            events = [e for e in self.profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith("ProfilerStep")]
+            found = {}
+            for e in events:
+                spent, calls = found.get(e.name, (0.0, 0))
+                found[e.name] = spent + e.time_range.end - e.time_range.start, calls + 1
+        else:
+            found = {e.key: (e.self_cpu_time_total, e.count) for e in self.profiler.key_averages()}
+        part = lambda name: next(title for title, pattern in PARTS if re.search(pattern, name))  # noqa: E731
+        sums, steps = dict.fromkeys((title for title, _ in PARTS), 0.0), len(self.steps)
+        for name, (spent, _) in found.items():
+            sums[part(name)] += spent
+        lines = [f"profile: {title} {spent / 1000 / steps:.2f} ms a step" for title, spent in sums.items() if spent]
+        if self.gpu:
+            spans = [(e.time_range.start, e.time_range.end, part(e.name) == "communication") for e in events]
+            computing, all_of_it = covered([span[:2] for span in spans if not span[2]]), covered([span[:2] for span in spans])
+            lines.append(f"profile: computing {computing / 1000 / steps:.2f} ms a step, communication not hidden {(all_of_it - computing) / 1000 / steps:.2f} ms")
+        longest = sorted(found.items(), key=lambda item: -item[1][0])[:30]
+        return lines + [f"profile: {spent / 1000 / steps:9.3f} ms {calls / steps:7.1f} calls a step  {name[:120]}" for name, (spent, calls) in longest]
+
+
+# ======================================================================================================================
+# Checkpoints
+
+# What may differ between a checkpoint's run and the one that goes on from it: where things lie, and what is looked at when.
+FREE_SETTINGS = ("preset", "train_files", "val_files", "val_tokens", "val_batch_size", "val_loss_every", "warmup_steps", "log_dir", "save_every",
+                 "save_checkpoint", "resume", "profile")  # fmt: skip
+
+
+class Saver:
+    """Writes a run's checkpoint beside its log, in the background; a new one takes the old one's place when it is whole."""
+
+    def __init__(self, log: Log, trainer: "Trainer"):
+        self.path = log.path and log.path.with_suffix(".pt")
+        self.gpu, self.writer, self.pending = trainer.world.device.type == "cuda", ThreadPoolExecutor(1), None
+        self.buffers = {}
+        for name, tensor in trainer.whole_state(0):  # pinned memory takes a second to get: before the clock
+            self._copy(name, tensor)
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor | None:
+        """A copy in this tensor's host buffer, under way; on rank 0 only."""
+        if self.path and name not in self.buffers:
+            self.buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=self.gpu)
+        return self.buffers[name].copy_(tensor, non_blocking=True) if self.path else None
+
+    def save(self, trainer: "Trainer", step: int, elapsed: float):
+        """Take the state after `step` steps and `elapsed` ms of training, and begin to write it; raises UsageError as `check`."""
+        self.check(wait=True)  # its buffers are about to be written anew
+        tensors = {name: self._copy(name, tensor) for name, tensor in trainer.whole_state(step)}
+        state = {"settings": dataclasses.asdict(trainer.s), "step": step, "elapsed": elapsed, "tensors": tensors}
+        if self.path:
+            copied = torch.cuda.Event() if self.gpu else None
+            if copied:
+                copied.record()
+            self.pending = self.writer.submit(self._write, state, copied)
+
+    def _write(self, state: dict, copied):
+        if copied:
+            copied.synchronize()
+        temporary = self.path.with_suffix(".pt.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        except (OSError, RuntimeError) as error:  # torch.save may turn a full disk into a RuntimeError
+            temporary.unlink(missing_ok=True)
+            kept = "the one before it is whole" if self.path.exists() else "there is none before it"
+            raise UsageError(f"{self.path}: the checkpoint cannot be written ({error}); free space ({kept})") from None
+
+    def check(self, wait: bool = False):
+        """Raise UsageError if the last checkpoint could not be written, as far as that is known or once it is waited for."""
+        if self.pending and (wait or self.pending.done()):
+            self.pending.result()
+            self.pending = None
+
+
+def find_checkpoint(s: Hyperparameters, world: World) -> str:
+    """The file that --resume means, on every rank that of rank 0; raises UsageError when there is none."""
+    found = [s.resume]
+    if s.resume == "latest":
+        files = sorted(Path(s.log_dir).glob("*.pt"), key=lambda path: path.stat().st_mtime)
+        found = [str(files[-1]) if files else None]
+        if world.size > 1:
+            dist.broadcast_object_list(found, device=world.device)
+    if found[0] is None:
+        raise UsageError(f"--resume=latest: no checkpoint in --log_dir={s.log_dir}; start without --resume")
+    return found[0]
+
+
+def read_checkpoint(path: str) -> dict:
+    """A checkpoint: settings, step, elapsed (ms) and tensors by name, on the CPU. Raises UsageError for any other file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = state.keys() == {"settings", "step", "elapsed", "tensors"}
+    except FileNotFoundError:
+        raise UsageError(f"{path}: does not exist; give --resume=latest or a checkpoint's path") from None
+    except Exception:  # whatever a file that is none makes the reader trip over
+        whole = False
+    if not whole:
+        raise UsageError(f"{path}: not a checkpoint of this script; give another one")
+    return state
+
+
+def resume(trainer: "Trainer", path: str) -> tuple[int, float]:
+    """Put a checkpoint's state into the trainer; returns its step and the training time in ms so far.
+
+    The world may be of another size. Raises UsageError, naming the setting, for a checkpoint of other settings.
+    """
+    state, settings = read_checkpoint(path), dataclasses.asdict(trainer.s)
+    for name in sorted(settings.keys() | state["settings"].keys()):
+        theirs, own = (values.get(name, "(not a setting)") for values in (state["settings"], settings))
+        if theirs != own and name not in FREE_SETTINGS:
+            raise UsageError(f"{path}: made with --{name}={theirs}, and this run has {own}; give that, or another checkpoint")
+    trainer.load(state["tensors"], state["step"])
+    return state["step"], state["elapsed"]
+
+
+def load_model(path: str) -> GPT:
+    """The trained model of a checkpoint for evaluation, on this machine's GPU, else its CPU. Raises UsageError for any other file.
+
+    Its `windows` are those of the last validation; it takes as many tokens as model.rotary.cos has rows. Documents that begin with BOS, end to end in one array of token ids, go in as
+
+        model = load_model("logs/....pt")
+        batch = document_batch(tokens, model.bos, model.lambdas.device)
+        losses = model(batch, model.windows)         # nats of each token but the first, float32 (T - 1,)
+        logits = model.logits(batch, model.windows)  # float32 (T - 1, classes)
+    """
+    state = read_checkpoint(path)
+    try:
+        s = Hyperparameters(**state["settings"])
+    except TypeError as error:
+        raise UsageError(f"{path}: made by another version of this script ({error})") from None
+    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = GPT(s, world).eval().requires_grad_(False)
+    for name, tensor in itertools.chain(model.named_parameters(), model.rotary.named_buffers("rotary")):
+        if name in state["tensors"]:
+            tensor.data = state["tensors"][name].to(world.device, world.dtype if name.startswith("slots.") else tensor.dtype)
+    model.rotary.fill()
+    model.windows, model.bos = parse_window(s, "final_window"), s.bos
+    return model
+
+
 # ======================================================================================================================
 # Main
+
+
+class Terminated(BaseException):
+    """SIGTERM came; the text says where training stands."""
+
+
+def terminate(*_):
+    """The handler of SIGTERM, until checkpoints are on."""
+    raise Terminated("SIGTERM")
 
 
 class Trainer:
     """The model and its optimizers, and what one step does with them."""
 
     def __init__(self, s: Hyperparameters, world: World):
-        self.s, self.world = s, world
+        self.s, self.world, self.stop = s, world, False  # stop: set by SIGTERM, passed on to all ranks with the next loss
         self.model = GPT(s, world)
         self.normuon, self.adam = NorMuon(self.model, s, world), DistAdam(self.model, s, world)
+        model = self.model
+        early = [model.smear_gate, model.scalars, model.lambdas, *(p for slot in model.slots for p in slot.gate), model.embedding, *model.values]
+        turns = {p: turn for turn, p in enumerate(early)} | {model.head: len(early) + 1}
+        owned = zip(self.normuon.stacks + self.adam.stacks, self.normuon.moments + self.adam.moments, strict=True)
+        self.owned = sorted(owned, key=lambda pair: turns.get(pair[0].parameters[0], len(early)))  # as the forward pass reads them
+        self.stacks = [stack for stack, _ in self.owned]
+        self.stack_of = {p: stack for stack in self.stacks for p in stack.parameters}
+        self.model.fetch = self.fetch
+
+    def fetch(self, parameters):
+        """Wait until these parameters have come from the ranks that updated them."""
+        if self.world.size > 1:
+            for p in parameters:
+                self.stack_of[p].fetch(p)
 
     def train_step(self, step: int, batches: list[Batch], windows: tuple[int, int]) -> Tensor:
-        """One step over this rank's micro-batches; returns the mean loss of the whole step, a scalar on the device."""
+        """One step over this rank's micro-batches; returns, float32 (2,) on the device, the whole step's mean loss and how many ranks want to stop."""
         self.model.train()
         total = 0.0
         for i, batch in enumerate(batches):
@@ -1460,18 +1742,22 @@ class Trainer:
         self.normuon.step(self.s.muon_lr * scale, muon_momentum(step, self.s))
         if step % 2:
             self.adam.step(scale, t=step // 2 + 1)
-        for stack in self.normuon.stacks + self.adam.stacks:
-            stack.wait()
+        result = torch.stack([total / self.s.train_batch_size, torch.full_like(total, self.stop)])
         if self.world.size > 1:
-            dist.all_reduce(total)
-        return total / self.s.train_batch_size
+            dist.all_reduce(result)
+        for stack in self.stacks:
+            if step % 2 or stack in self.normuon.stacks:
+                stack.publish()
+        return result
 
     @torch.no_grad()
     def validate(self, batches, windows: tuple[int, int]) -> float:
-        """Mean over the validation micro-batches of their mean loss, nats a token."""
+        """Mean loss over the validation micro-batches, nats a token: that of their means, but for a shorter last one."""
         self.model.eval()
-        losses = torch.stack([self.model(batch, windows).mean() for batch in batches])
-        total = torch.stack([losses.sum(), losses.new_tensor(float(len(losses)))])
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # a rank may have no micro-batch
+        for batch in batches:
+            losses = self.model(batch, windows)
+            total += torch.stack([losses.sum(dtype=torch.float64), total.new_full((), len(losses))])
         if self.world.size > 1:
             dist.all_reduce(total)
         return (total[0] / total[1]).item()
@@ -1482,17 +1768,53 @@ class Trainer:
         steps = min(self.s.warmup_steps, self.s.total_steps)
         if not steps:
             return
-        state = [*self.model.parameters(), *self.model.buffers(), *self.normuon.state(), *self.adam.state()]
+        state = [*self.model.buffers(), *(t for stack, moments in self.owned for t in (stack.work, stack.own, stack.grad, *moments))]
         saved = [tensor.to("cpu", copy=True) for tensor in state]
         windows = attention_windows(0, self.s)
         with torch.enable_grad():
             for step, batches in enumerate(train.stream(0, steps)):
                 self.train_step(step, batches, windows)
         self.validate(itertools.islice(val.stream(), 1), windows)
+        for stack in self.stacks:
+            stack.fetch()
         for tensor, value in zip(state, saved, strict=True):
             tensor.copy_(value)
-        for stack in self.normuon.stacks + self.adam.stacks:
-            stack.grad.zero_()
+
+    def whole_state(self, step: int):
+        """Yield (name, tensor) of all that training after `step` steps goes on from, whole on every rank; all ranks must ask.
+
+        A parameter goes by its name, its moments by that and .first and .second, and after an even step, which Adam leaves out,
+        the gradient that it has gathered by .gradient. Each tensor is flat, but for parameters and buffers.
+        """
+        names = {p: name for name, p in self.model.named_parameters()}
+        yield "rotary.frequencies", self.model.rotary.frequencies
+        yield "rotary.scale", self.model.rotary.scale
+        for stack, moments in self.owned:
+            stack.fetch()
+            whole = {"": stack.collect(stack.own), ".first": stack.collect(moments[0]), ".second": stack.collect(moments[1])}
+            if step % 2 and stack in self.adam.stacks:
+                whole[".gradient"] = stack.grad.flatten()[: stack.numel].clone()
+                if self.world.size > 1:
+                    dist.all_reduce(whole[".gradient"])
+            for suffix, full in whole.items():
+                share = [p.numel() * full.numel() // stack.numel for p in stack.parameters]
+                for p, part in zip(stack.parameters, full.split(share), strict=True):
+                    yield names[p] + suffix, part if suffix else part.view(p.shape)
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], step: int):
+        """The inverse: take what `whole_state` gave, perhaps in a world of another size."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        self.model.rotary.frequencies.copy_(tensors["rotary.frequencies"])
+        self.model.rotary.scale.copy_(tensors["rotary.scale"])
+        self.model.rotary.fill()
+        for stack, moments in self.owned:
+            whole = lambda suffix: torch.cat([tensors[names[p] + suffix].flatten() for p in stack.parameters]).to(self.world.device)  # noqa: B023, E731
+            stack.work.view(-1)[: stack.numel] = whole("")
+            for suffix, shard in (("", stack.own), (".first", moments[0]), (".second", moments[1])):
+                stack.deal(whole(suffix), shard)
+            if step % 2 and stack in self.adam.stacks and self.world.rank == 0:  # one rank brings what all had gathered
+                stack.grad.view(-1)[: stack.numel] = whole(".gradient")
 
 
 def run(s: Hyperparameters, world: World):
@@ -1502,7 +1824,10 @@ def run(s: Hyperparameters, world: World):
         log.write(f"{Path(__file__).read_text()}\n{SEPARATOR}\n{describe_machine(world)}", show=False)
         log.write(f"arguments: {shlex.join(sys.argv[1:])}\n{describe_settings(s)}", show=False)
         began = seconds_since_launch()
-        trainer = Trainer(s, world)
+        trainer, start, elapsed = Trainer(s, world), 0, 0.0
+        if s.resume:
+            start, elapsed = resume(trainer, path := find_checkpoint(s, world))
+            log.write(f"resumed: step {start} of {path}")
         train.check()
         built = seconds_since_launch()
         trainer.warm_up(train, val)
@@ -1512,32 +1837,62 @@ def run(s: Hyperparameters, world: World):
             torch.cuda.reset_peak_memory_stats()
         ready = seconds_since_launch()
         parts = f"import {began:.1f}, build {built - began:.1f}, warm-up {warm - built:.1f}, calibration {ready - warm:.1f}"
-        log.write(f"start: {ready:.1f} s from launch to step 0 ({parts})")
+        log.write(f"start: {ready:.1f} s from launch to step {start} ({parts})")
         log.write(SEPARATOR, show=False)
 
-        meter, stream = Meter(log, s.total_steps, world.device), train.stream(0, s.total_steps)
-        meter.start()
-        for step in range(s.total_steps + 1):
-            last = step == s.total_steps
-            windows = parse_window(s, "final_window") if last else attention_windows(step, s)
-            if 0 < step < s.total_steps and windows[1] != (old := attention_windows(step - 1, s)[1]):
-                trainer.model.rotary.extend(old, windows[1])
-            if last or (s.val_loss_every and step % s.val_loss_every == 0):
-                ms = meter.stop()
-                loss = trainer.validate(val.stream(), windows)
-                log.write(f"step:{step}/{s.total_steps} val_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
-                meter.check(step, loss)
-                meter.start()
-            if not last:
-                meter.step(step + 1, trainer.train_step(step, next(stream), windows))
+        meter, saver = Meter(log, s.total_steps, world, elapsed), None
+        if s.save_every or s.save_checkpoint:
+            saver = Saver(log, trainer)
+            signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop", True))  # from now on it saves first
+        train_all(trainer, start, train, val, meter, saver)
         log.write(final_report(trainer.model))
 
 
+def train_all(trainer: Trainer, start: int, train: TrainLoader, val: ValLoader, meter: Meter, saver: Saver | None):
+    """Every step from start on, with its validations and checkpoints; raises Terminated once all ranks stop for a SIGTERM."""
+    s, log, stream = trainer.s, meter.log, train.stream(start, trainer.s.total_steps)
+    profiler = Profiler(s, trainer.world, log)
+    meter.start()
+    for step in range(start, s.total_steps + 1):
+        last = step == s.total_steps
+        windows = parse_window(s, "final_window") if last else attention_windows(step, s)
+        if 0 < step < s.total_steps and windows[1] != (old := attention_windows(step - 1, s)[1]):
+            trainer.model.rotary.extend(old, windows[1])
+        if last or (s.val_loss_every and step % s.val_loss_every == 0):
+            ms = meter.stop()
+            loss = trainer.validate(val.stream(), windows)
+            log.write(f"step:{step}/{s.total_steps} val_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
+            meter.check(step, loss)
+            meter.start()
+        if last:
+            break
+        profiler.before(step)
+        meter.step(step + 1, trainer.train_step(step, next(stream), windows))
+        if profiler.ends(step):
+            meter.stop()
+            profiler.write()
+            meter.start()
+        stopping = step + 1 >= meter.stop_after
+        if saver:
+            saver.check()
+            if stopping or (s.save_every and (step + 1) % s.save_every == 0):
+                ms = meter.stop()
+                meter.start()  # at once: a save is on the clock
+                saver.save(trainer, step + 1, ms)
+        if stopping:
+            saver.check(wait=True)
+            raise Terminated(f"SIGTERM after step {step + 1}; go on with --resume={saver.path}")
+    if saver and s.save_checkpoint:
+        saver.save(trainer, s.total_steps, ms)
+        saver.check(wait=True)
+        log.write(f"checkpoint: {saver.path}")
+
+
 def main() -> int:
-    """Parse the flags and run; returns 0. A user's mistake ends in one line and the exit code 2."""
-    rank = os.environ.get("RANK", "0")
-    first = rank == "0"
+    """Parse the flags and run; returns 0. Whatever stops it ends in one line and its own exit code, 2 for a user's mistake."""
+    rank, alike = os.environ.get("RANK", "0"), False
     try:
+        signal.signal(signal.SIGTERM, terminate)
         settings = parse_settings(sys.argv[1:])
         run(settings, connect(settings))
         if dist.is_initialized():
@@ -1548,10 +1903,18 @@ def main() -> int:
     except torch.OutOfMemoryError:
         message, code = "the GPU is out of memory; raise --micro_batches, which makes the packed sequences smaller", 1
     except KeyboardInterrupt:
-        message, code = "stopped by Ctrl-C", 130
-    if not first:
+        message, code, alike = "stopped by Ctrl-C", 130, True
+    except Terminated as error:
+        message, code, alike = f"stopped by {error}", 143, True
+    except RuntimeError as error:
+        if not (dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))):
+            raise
+        message, code = "lost the other processes of this run; the one that ended first says why, and with checkpoints --resume=latest goes on", 1
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if rank != "0" and not alike:
         time.sleep(5)  # rank 0, if it stops alike, says so, and torchrun then ends this process in its sleep
-    print(f"train_gpt.py: {'' if first else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
+    if rank == "0" or not alike:
+        print(f"train_gpt.py: {'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)  # an orderly end would wait for shards still to be read, and for ranks that wait in a collective
 

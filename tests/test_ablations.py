@@ -1,11 +1,12 @@
 """Every line of the list of ablations is a setting that the script takes, and every patch applies and trains."""
 
+import json
 import math
 import re
+import subprocess
 import sys
 
 import pytest
-import torch
 from shards import tiny_flags
 
 import train_gpt
@@ -40,24 +41,37 @@ def test_flags_change_the_model(entry):
         assert getattr(table[int(found[2])], found[1]) == int(found[3])
 
 
-@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.patch], ids=lambda entry: entry.name)
-def test_patches_train(entry, tmp_path):
-    """A patched script, on the CPU: without its flags it is the model it was; with them it trains, its new matrices too."""
-    flags = [*tiny_flags(tmp_path), *entry.flags, "--num_scheduled_iterations=4", "--num_extension_iterations=0"]
-    module = type(sys)("patched")
-    sys.modules["patched"] = module  # dataclasses look their module up
-    exec(compile(record.patched(SCRIPT, entry.patch), "patched.py", "exec"), module.__dict__)
-    s, world = module.parse_settings(flags), module.World()
-    trainer, loader = module.Trainer(s, world), module.TrainLoader(s, world)
+PROGRAM = """
+import json, math, sys, torch, train_gpt
+for name, flags, plain in json.loads(sys.argv[1]):
+    s, world = train_gpt.parse_settings(flags), train_gpt.World()
+    trainer, loader = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world)
     torch.nn.init.normal_(trainer.model.head, std=0.02)
     for stack in trainer.normuon.stacks:
         stack.own.add_(0.01 * torch.randn_like(stack.own))  # the zeros of the start would hide a matrix that is not used
     steps = list(loader.stream(0, 2))
     trainer.model(steps[0][0], (128, 384)).sum().backward()
-    extra = {name: p for name, p in trainer.model.slots.named_parameters() if "mlp_middle" in name or "mlp_gate" in name}
-    assert extra and all(p.grad.abs().max() > 0 for p in extra.values())
-    losses = [trainer.train_step(step, batches, (128, 384)).item() for step, batches in enumerate(steps)]
-    assert all(map(math.isfinite, losses)) and losses[1] != losses[0]
-    plain = module.GPT(module.parse_settings([flag for flag in flags if flag not in entry.flags]), world)
-    same = train_gpt.GPT(train_gpt.parse_settings([flag for flag in flags if flag not in entry.flags]), train_gpt.World())
-    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), same.parameters(), strict=True))
+    new = {n: p for n, p in trainer.model.slots.named_parameters() if "mlp_middle" in n or "mlp_gate" in n}
+    unused = [n for n, p in new.items() if not p.grad.abs().max() > 0]
+    losses = [trainer.train_step(step, batches, (128, 384))[0].item() for step, batches in enumerate(steps)]
+    alike = [p.double().sum().item() for p in train_gpt.GPT(train_gpt.parse_settings(plain), world).parameters()]
+    print(json.dumps([name, len(new), unused, losses, alike]))
+"""
+
+
+@pytest.mark.parametrize("patch", sorted({entry.patch for entry in ENTRIES if entry.patch}), ids=lambda patch: patch.name)
+def test_patches_train(patch, tmp_path):
+    """A patched script: without its flags it is the model it was; with them two steps train it, its new matrices too."""
+    plain = [*tiny_flags(tmp_path), "--num_scheduled_iterations=4", "--num_extension_iterations=0"]
+    entries = [(entry.name, [*plain, *entry.flags, *plain[-2:]], plain) for entry in ENTRIES if entry.patch == patch]
+    (tmp_path / "train_gpt.py").write_text(record.patched(SCRIPT, patch))
+    command = [sys.executable, "-c", PROGRAM, json.dumps(entries)]  # on its own: the script names its operators for torch
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    wanted = [p.double().sum().item() for p in train_gpt.GPT(train_gpt.parse_settings(plain), train_gpt.World()).parameters()]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, *_ in found] == [name for name, *_ in entries]
+    for name, new, unused, losses, alike in found:
+        assert new and not unused and all(map(math.isfinite, losses)) and losses[1] != losses[0], name
+        assert alike == wanted, name
+    assert len({losses[1] for _, _, _, losses, _ in found}) == len(found)  # no two lines are the same model

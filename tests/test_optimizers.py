@@ -83,6 +83,8 @@ def test_normuon(tmp_path, world, tolerance, movement):
         for name, p in chosen.items():
             grads[name].append(p.grad.double() / s.micro_batches)
         optimizer.step(lrs[t], 0.9)
+        for stack in optimizer.stacks:
+            stack.publish()
         assert all(not stack.grad.any() for stack in optimizer.stacks)
     everything = []
     for name, p in chosen.items():
@@ -112,6 +114,8 @@ def test_adam(tmp_path, world, tolerance):
             p.grad.copy_(torch.randn_like(p.grad))
             grads[name].append(p.grad.double() / s.micro_batches)
         optimizer.step(0.5, t)
+        for stack in optimizer.stacks:
+            stack.publish()
     for name, (p, factor) in chosen.items():
         wanted = reference_adam(starts[name], grads[name], 0.5 * 0.008 * factor, 0.65, 0.95)
         assert distance(p.detach(), wanted, starts[name])[0] < tolerance, name
@@ -121,7 +125,10 @@ def test_zero_gradient_only_decays(tmp_path):
     """As in the first two steps, where the zero head leaves every hidden gradient exactly zero."""
     s, model = build(tmp_path, World())
     weight, start = model.slots[4].mlp_out[0], model.slots[4].mlp_out[0].detach().clone()
-    NorMuon(model, s, World()).step(0.03, 0.85)
+    optimizer = NorMuon(model, s, World())
+    optimizer.step(0.03, 0.85)
+    for stack in optimizer.stacks:
+        stack.publish()
     assert torch.allclose(weight, start * (1 - 0.03 * 0.03 * 1.2), rtol=1e-6, atol=0)
 
 
@@ -148,7 +155,10 @@ def _step_sharded(rank, size, folder, flags, results):
         normuon.step(0.03, 0.9)
         adam.step(1.0, t + 1)
         for stack in normuon.stacks + adam.stacks:
-            stack.wait()
+            stack.publish()
+    for p in model.parameters():
+        for stack in normuon.stacks + adam.stacks:
+            stack.fetch(p)
     results[rank] = [p.detach().clone() for p in model.parameters()]
     dist.destroy_process_group()
 

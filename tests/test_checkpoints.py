@@ -1,0 +1,246 @@
+"""Checkpoints: what goes on from one is what would have gone on without it, and no way to stop a save loses the last."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from shards import tiny_flags
+from test_main import ENVIRONMENT, SCRIPT, TORCHRUN, refused, run, val_losses
+
+import train_gpt
+from train_gpt import Log, Saver, TrainLoader, Trainer, UsageError, ValLoader, World, attention_windows, parse_settings
+
+
+def checkpoint(folder):
+    (path,) = (folder / "logs").glob("*.pt")
+    return path
+
+
+def train(trainer, loader, start, end):
+    """As train_all, but for the log."""
+    losses = []
+    for step, batches in zip(range(start, end), loader.stream(start, end), strict=True):
+        windows = attention_windows(step, trainer.s)
+        if step and windows[1] != (old := attention_windows(step - 1, trainer.s)[1]):
+            trainer.model.rotary.extend(old, windows[1])
+        losses.append(trainer.train_step(step, batches, windows)[0].item())
+    return losses
+
+
+@pytest.mark.parametrize("step", [7, 8, 12])
+def test_resume_is_bitwise(tmp_path, step):
+    """After an odd and an even number of steps, and where the window grows: losses and all state are those of the unbroken run."""
+    s, world = parse_settings(tiny_flags(tmp_path)), World()
+    first, loader = Trainer(s, world), TrainLoader(s, world)
+    assert attention_windows(11, s) != attention_windows(12, s)
+    train(first, loader, 0, step)
+    with Log(s, world) as log:
+        saver = Saver(log, first)
+        saver.save(first, step, 123.0)
+        rest = train(first, loader, step, 20)  # while it is being written
+        saver.check(wait=True)
+    second = Trainer(s, world)
+    assert train_gpt.resume(second, str(saver.path)) == (step, 123.0)
+    assert train(second, loader, step, 20) == rest
+    for (name, a), (_, b) in zip(first.whole_state(20), second.whole_state(20), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_resumed_run(tmp_path):
+    """The command line: the log tells, the clock goes on, and the losses are the unbroken run's."""
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=1"]
+    whole = run([*flags, "--save_every=7"])
+    assert whole.returncode == 0, whole.stderr
+    path = checkpoint(tmp_path)
+    assert torch.load(path, weights_only=True)["step"] == 14 and not list((tmp_path / "logs").glob("*.tmp"))
+    resumed = run([*flags, "--resume=latest"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed: step 14 of {path}" in resumed.stdout and "from launch to step 14" in resumed.stdout
+    assert val_losses(resumed.stdout) == val_losses(whole.stdout)[14:] and len(val_losses(resumed.stdout)) == 7
+    clock = [[int(ms) for ms in re.findall(r"^step:1[45]/20 train_time:(\d+)ms", text, re.M)] for text in (whole.stdout, resumed.stdout)]
+    assert clock[1][0] > clock[0][0] * 0.9  # the time of the first fourteen steps counts
+
+
+def test_resume_in_another_world(tmp_path):
+    """Saved by three ranks after an odd step, gone on with by two; saved by one, gone on with by three."""
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=1", "--train_batch_size=768", "--micro_batches=24", "--val_batch_size=768"]
+    alone = run([*flags, "--save_every=15"])
+    ours = val_losses(alone.stdout)
+    assert len(ours) == 21, alone.stderr
+    shutil.copy(checkpoint(tmp_path), tmp_path / "one.pt")
+    checkpoint(tmp_path).unlink()
+    together = run([*flags, "--save_every=13"], ranks=3)
+    assert together.returncode == 0, together.stderr
+    for path, start, ranks in ((checkpoint(tmp_path), 13, 2), (tmp_path / "one.pt", 15, 3)):
+        resumed = run([*flags, f"--resume={path}"], ranks)
+        found = val_losses(resumed.stdout)
+        assert len(found) == 21 - start, resumed.stderr
+        assert max(abs(a - b) for a, b in zip(found, ours[start:], strict=True)) <= 1e-3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with shards, a log and a final checkpoint, its flags and what the run printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = [*tiny_flags(folder), "--num_scheduled_iterations=8", "--num_extension_iterations=1"]
+    done = run([*flags, "--save_checkpoint=true"])
+    assert done.returncode == 0, done.stderr
+    return folder, flags, done.stdout
+
+
+def test_saved_at_the_end(trained):
+    folder, _, shown = trained
+    assert f"checkpoint: {checkpoint(folder)}" in shown and torch.load(checkpoint(folder), weights_only=True)["step"] == 9
+
+
+def test_load_model(trained):
+    """The loaded model has the run's last validation loss, and its logits are those behind its losses."""
+    folder, flags, shown = trained
+    model = train_gpt.load_model(str(checkpoint(folder)))
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    s = parse_settings(flags)
+    batches = list(ValLoader(s, World()).stream())
+    loss = np.mean([model(batch, model.windows).mean().item() for batch in batches])
+    assert loss == pytest.approx(val_losses(shown)[-1], abs=1e-4)
+    tokens = train_gpt.read_shard(str(folder / "val_0.bin"), s.vocab_size)[:50]
+    batch = train_gpt.document_batch(tokens, model.bos, model.lambdas.device)
+    logits = model.logits(batch, model.windows)
+    assert logits.shape == (49, 384) and logits.dtype == torch.float32
+    direct = torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens[1:].astype(np.int64)), reduction="none")
+    assert torch.allclose(direct, model(batch, model.windows), atol=1e-5)
+
+
+def test_refused_checkpoints(trained, tmp_path):
+    folder, flags, _ = trained
+    path = checkpoint(folder)
+    refused(run([*flags, f"--resume={path}", "--muon_lr=0.5"]), str(path), "made with --muon_lr=0.03", "this run has 0.5")
+    refused(run([*flags, f"--resume={tmp_path}/none.pt"]), "none.pt", "does not exist")
+    refused(run([*flags, "--resume=latest", f"--log_dir={tmp_path}/empty"]), "--resume=latest: no checkpoint in --log_dir=")
+    (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:50_000])
+    refused(run([*flags, f"--resume={tmp_path}/cut.pt"]), "cut.pt", "not a checkpoint")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(UsageError, match="not a checkpoint"):
+        train_gpt.load_model(str(tmp_path / "other.pt"))
+
+
+def test_resume_at_the_end_only_validates(trained):
+    folder, flags, shown = trained
+    done = run([*flags, f"--resume={checkpoint(folder)}"])
+    assert done.returncode == 0 and val_losses(done.stdout) == val_losses(shown)[-1:]
+
+
+KILLED = """
+import os, sys, torch, train_gpt
+kill_at, count = int(sys.argv.pop()), 0
+def boundary(call):
+    def wrapped(*arguments, **more):
+        global count
+        if saving and (count := count + 1) == kill_at:
+            os._exit(9)
+        result = call(*arguments, **more)
+        if saving and (count := count + 1) == kill_at:
+            os._exit(9)
+        return result
+    return wrapped
+saving = False
+real = train_gpt.Saver._write
+def write(self, state, copied):
+    global saving
+    saving = state["step"] == 8  # the second save; the first is whole
+    real(self, state, copied)
+    if saving:
+        print("boundaries", count, flush=True)
+        os._exit(7)
+train_gpt.Saver._write = write
+os.fsync, os.replace, torch.save = map(boundary, (os.fsync, os.replace, torch.save))
+sys.exit(train_gpt.main())
+"""
+
+
+def test_killed_while_saving(tmp_path):
+    """At each boundary of a save's file operations: latest finds the old or the new checkpoint, whole."""
+    flags, seen = [*tiny_flags(tmp_path), "--save_every=4", "--warmup_steps=0", "--val_loss_every=0"], []
+    for kill_at in range(1, 20):
+        shutil.rmtree(tmp_path / "logs", ignore_errors=True)
+        done = subprocess.run([sys.executable, "-c", KILLED, *flags, str(kill_at)], cwd=SCRIPT.parent, capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode in (7, 9), done.stderr
+        s = parse_settings([*flags, "--resume=latest"])
+        seen.append(train_gpt.read_checkpoint(train_gpt.find_checkpoint(s, World()))["step"])
+        if done.returncode == 7:
+            break
+    assert seen == [4, 4, 4, 4, 4, 8, 8, 8, 8]  # two boundaries each: save, sync, replace, sync of the folder; then none
+
+
+def test_sigterm_saves(tmp_path):
+    """With checkpoints on: the step is finished, saved, and the run goes on from there to the same end."""
+    flags = [*tiny_flags(tmp_path), "--model_dim=64", "--val_loss_every=20"]
+    for ranks in (1, 2):
+        command = [sys.executable] if ranks == 1 else [*TORCHRUN, "--nproc_per_node=2"]
+        child = subprocess.Popen([*command, str(SCRIPT), *flags, "--num_scheduled_iterations=44", "--save_every=1000"], stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)  # fmt: skip
+        for line in child.stdout:
+            if line.startswith("step:3/"):
+                break
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=60)
+        assert (child.returncode == 143) if ranks == 1 else child.returncode != 0, (ranks, child.returncode, errors)
+        found = re.search(r"train_gpt.py: stopped by SIGTERM after step (\d+); go on with --resume=(\S+\.pt)", errors)
+        assert found and 3 <= int(found[1]) < 40 and torch.load(found[2], weights_only=True)["step"] == int(found[1]), errors
+        assert ranks > 1 or "Traceback" not in errors
+        resumed = run([*flags, "--num_scheduled_iterations=44", "--resume=latest"])
+        assert "step:46/46 val_loss" in resumed.stdout, resumed.stderr
+
+
+def test_sigterm_without_checkpoints(tmp_path):
+    child = subprocess.Popen([sys.executable, str(SCRIPT), *tiny_flags(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    for line in child.stdout:
+        if line.startswith("step:1/"):
+            break
+    child.terminate()
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == 143 and errors == "train_gpt.py: stopped by SIGTERM\n"
+
+
+LIMITED = """
+import resource, sys, train_gpt
+limit = int(sys.argv.pop())
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.exit(train_gpt.main())
+"""
+
+
+def limited(flags, limit):
+    """A run that cannot write files beyond a size, as on a disk that fills up."""
+    return subprocess.run([sys.executable, "-c", LIMITED, *flags, str(limit)], cwd=SCRIPT.parent, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def test_disk_full(tmp_path, trained):
+    """While logging and while saving: one line, and the checkpoint before stays as it was."""
+    folder, flags, _ = trained
+    before = checkpoint(folder).read_bytes()
+    script = SCRIPT.stat().st_size
+    refused(limited([*flags, f"--log_dir={tmp_path}/a"], script + 1000), "cannot be written", "free space")
+    (log,) = (tmp_path / "a").iterdir()
+    assert log.read_text().startswith(SCRIPT.read_text())
+    done = limited([*flags, f"--resume={checkpoint(folder)}", "--save_checkpoint=true"], len(before) // 2)
+    refused(done, ".pt: the checkpoint cannot be written", "free space (there is none before it)")
+    assert checkpoint(folder).read_bytes() == before and not list((folder / "logs").glob("*.tmp"))
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """At the same time: each has its own log and checkpoint."""
+    flags = [*tiny_flags(tmp_path), "--save_every=5"]
+    children = [subprocess.Popen([sys.executable, str(SCRIPT), *flags, f"--seed={seed}"], stdout=subprocess.DEVNULL, env=ENVIRONMENT) for seed in (1, 2)]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    logs = sorted((tmp_path / "logs").glob("*.txt"))
+    assert len(logs) == 2 and sorted(path.with_suffix(".txt") for path in (tmp_path / "logs").glob("*.pt")) == logs
+    for log in logs:
+        seed = int(re.search(r"^seed=(\d)$", log.read_text(), re.M)[1])
+        assert torch.load(log.with_suffix(".pt"), weights_only=True)["settings"]["seed"] == seed
+    assert os.listdir(tmp_path / "logs").__len__() == 4
