@@ -4,8 +4,8 @@
     python train_gpt.py --preset=sample                                         # a small model on a CPU
     python train_gpt.py --help                                                  # every setting
 
-Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 408 ms and 20.0 GiB, from empty caches
-to step 0 in 33 s; on two H200s 212 ms. README.md says on what data, to which losses, and at which earlier commits.
+Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 411 ms and 20.0 GiB, from empty caches
+to step 0 in 39 s; on two H200s 211 ms, on four 107 ms. README.md says on what data and to which losses.
 
 The rooms, in order: settings, kernels, model, optimizers, data, schedules, log, checkpoints, main. A room uses only rooms above it.
 """
@@ -1370,7 +1370,8 @@ def describe_machine(world: World) -> str:
         "not deterministic: embedding gradients, added by atomics in no fixed order" if gpu else "deterministic: the same settings give the same bits",
     ]
     if gpu and shutil.which("nvidia-smi"):
-        lines.append(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout.rstrip())
+        found = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+        lines.append(re.sub(r"\s*\+-+\+\s*\| Processes:.*", "", found, flags=re.DOTALL).rstrip())  # programs' paths are no one's business
     return "\n".join(lines)
 
 
@@ -1529,7 +1530,7 @@ class Profiler:
     def before(self, step: int):
         if self.steps and step == self.steps[0]:
             kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * self.gpu
-            self.profiler = torch.profiler.profile(activities=kinds)
+            self.profiler = torch.profiler.profile(activities=kinds, acc_events=True)
             self.profiler.start()
 
     def ends(self, step: int) -> bool:
@@ -1581,7 +1582,7 @@ class Saver:
         self.path = log.path and log.path.with_suffix(".pt")
         self.gpu, self.writer, self.pending = trainer.world.device.type == "cuda", ThreadPoolExecutor(1), None
         self.buffers = {}
-        for name, tensor in trainer.whole_state(0):  # pinned memory takes a second to get: before the clock
+        for name, tensor in trainer.whole_state(trainer.s.save_every):  # pinned memory takes a second to get: before the clock
             self._copy(name, tensor)
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor | None:

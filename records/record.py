@@ -529,7 +529,7 @@ def read_curve(path: Path) -> list[tuple[int, float | None, float]]:
     return [(int(step), None, float(loss)) for step, kind, loss in OLD_LINE.findall(data, start) if kind == b"tel"]
 
 
-def draw_curves(axes: list, sets: dict[str, list[Run]], target: float):
+def draw_curves(axes: list, sets: dict[str, list[Run]], target: float | None):
     """Validation loss against steps and against time, for each named set of runs its mean and the spread of its runs."""
     shown = []
     for colour, (name, runs) in enumerate(sets.items()):
@@ -547,9 +547,11 @@ def draw_curves(axes: list, sets: dict[str, list[Run]], target: float):
             style = dict(color=f"C{colour}", label=f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})", marker="o", markersize=3)
             axis.plot(at, [statistics.fmean(found) for found in losses], **style)
             axis.fill_between(at, [min(found) for found in losses], [max(found) for found in losses], color=f"C{colour}", alpha=0.25)
-    low, high = min([*shown, target]), max([*shown, target])
+    lines = [] if target is None else [target]
+    low, high = min(shown + lines), max(shown + lines)
     for axis, label in zip(axes, ("steps", "training time (s)"), strict=True):
-        axis.axhline(target, color="black", linestyle="--", linewidth=1, label=f"target {target:g}")
+        for line in lines:
+            axis.axhline(line, color="black", linestyle="--", linewidth=1, label=f"target {line:g}")
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axis.set_xlabel(label)
         axis.set_ylabel("validation loss (nats a token)")
@@ -608,10 +610,17 @@ def same_in_all(runs: list[Run]) -> tuple[str, str]:
     return script, head
 
 
+def off_target(settings: dict[str, str]) -> str | None:
+    """Why the validation set that a log's settings name is not the target's; None if it is, or if the log names none."""
+    if not settings or ("fineweb_val" in settings.get("val_files", "") and settings.get("val_tokens") == TARGET_TOKENS):
+        return None
+    return f"its validation set, {settings.get('val_tokens')} tokens of `{settings.get('val_files')}`, is not the target's, {TARGET_TOKENS} of FineWeb"
+
+
 def why_unproven(summary: dict, settings: dict[str, str]) -> str | None:
     """Why runs do not prove that the target was reached, or None when they do."""
-    if settings and not ("fineweb_val" in settings.get("val_files", "") and settings.get("val_tokens") == TARGET_TOKENS):
-        return f"its validation set, {settings.get('val_tokens')} tokens of `{settings.get('val_files')}`, is not the target's, {TARGET_TOKENS} of FineWeb"
+    if reason := off_target(settings):
+        return reason
     if summary["p"] is None:
         return "one run gives no p; at least 1 more is missing"
     if summary["p"] >= SIGNIFICANT:
@@ -650,7 +659,7 @@ def new(arguments) -> int:
     for run in runs:
         shutil.copy(run.path, folder / "logs")
     drawn, axes = figure(10, 9, 2)
-    draw_curves(axes, {arguments.name: runs}, TARGET)
+    draw_curves(axes, {arguments.name: runs}, None if off_target(settings) else TARGET)
     save(drawn, folder / "curves.png")
     (folder / "README.md").write_text(describe_record(arguments, folder, runs, script, head, summary, doubt, against, changes))
     print(f"record: {folder}")
