@@ -1526,6 +1526,7 @@ class Profiler:
 
     def __init__(self, s: Hyperparameters, world: World, log: Log):
         self.steps, self.gpu, self.log = profiled_steps(s) if log.path else range(0), world.device.type == "cuda", log
+        self.profiler = None
 
     def before(self, step: int):
         if self.steps and step == self.steps[0]:
@@ -1534,7 +1535,7 @@ class Profiler:
             self.profiler.start()
 
     def ends(self, step: int) -> bool:
-        return bool(self.steps) and step == self.steps[-1]
+        return self.profiler is not None and step == self.steps[-1]
 
     def write(self):
         """Once the device has passed the last profiled step: write the trace and the report."""
@@ -1664,14 +1665,18 @@ def resume(trainer: "Trainer", path: str) -> tuple[int, float]:
         theirs, own = (values.get(name, "(not a setting)") for values in (state["settings"], settings))
         if theirs != own and name not in FREE_SETTINGS:
             raise UsageError(f"{path}: made with --{name}={theirs}, and this run has {own}; give that, or another checkpoint")
-    trainer.load(state["tensors"], state["step"])
+    try:
+        trainer.load(state["tensors"], state["step"])
+    except (KeyError, RuntimeError) as error:  # a tensor is missing or of another shape
+        raise UsageError(f"{path}: made by another version of this script ({str(error).splitlines()[0]}); resume it with that one") from None
     return state["step"], state["elapsed"]
 
 
 def load_model(path: str) -> GPT:
     """The trained model of a checkpoint for evaluation, on this machine's GPU, else its CPU. Raises UsageError for any other file.
 
-    Its `windows` are those of the last validation; it takes as many tokens as model.rotary.cos has rows. Documents that begin with BOS, end to end in one array of token ids, go in as
+    Its `windows` are those of the last validation; it takes as many tokens as model.rotary.cos has rows. Documents that begin
+    with BOS, end to end in one array of token ids, go in as
 
         model = load_model("logs/....pt")
         batch = document_batch(tokens, model.bos, model.lambdas.device)
@@ -1679,15 +1684,16 @@ def load_model(path: str) -> GPT:
         logits = model.logits(batch, model.windows)  # float32 (T - 1, classes)
     """
     state = read_checkpoint(path)
+    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         s = Hyperparameters(**state["settings"])
-    except TypeError as error:
-        raise UsageError(f"{path}: made by another version of this script ({error})") from None
-    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    model = GPT(s, world).eval().requires_grad_(False)
-    for name, tensor in itertools.chain(model.named_parameters(), model.rotary.named_buffers("rotary")):
-        if name in state["tensors"]:
-            tensor.data = state["tensors"][name].to(world.device, world.dtype if name.startswith("slots.") else tensor.dtype)
+        model = GPT(s, world).eval().requires_grad_(False)
+        for name, p in model.named_parameters():
+            p.data = state["tensors"][name].to(world.device, world.dtype if name.startswith("slots.") else p.dtype)
+        for name in ("frequencies", "scale"):
+            getattr(model.rotary, name).copy_(state["tensors"][f"rotary.{name}"])
+    except (TypeError, KeyError) as error:  # a setting is unknown, or a tensor missing
+        raise UsageError(f"{path}: made by another version of this script ({error}); load it with that one") from None
     model.rotary.fill()
     model.windows, model.bos = parse_window(s, "final_window"), s.bos
     return model
@@ -1729,7 +1735,10 @@ class Trainer:
                 self.stack_of[p].fetch(p)
 
     def train_step(self, step: int, batches: list[Batch], windows: tuple[int, int]) -> Tensor:
-        """One step over this rank's micro-batches; returns, float32 (2,) on the device, the whole step's mean loss and how many ranks want to stop."""
+        """One step over this rank's micro-batches.
+
+        Returns, float32 (2,) on the device, the mean loss of the whole step and how many ranks want to stop.
+        """
         self.model.train()
         total = 0.0
         for i, batch in enumerate(batches):
@@ -1883,8 +1892,9 @@ def train_all(trainer: Trainer, start: int, train: TrainLoader, val: ValLoader, 
         if stopping:
             saver.check(wait=True)
             raise Terminated(f"SIGTERM after step {step + 1}; go on with --resume={saver.path}")
-    if saver and s.save_checkpoint:
-        saver.save(trainer, s.total_steps, ms)
+    if saver:
+        if s.save_checkpoint:
+            saver.save(trainer, s.total_steps, ms)
         saver.check(wait=True)
         log.write(f"checkpoint: {saver.path}")
 

@@ -127,6 +127,12 @@ def test_refused_checkpoints(trained, tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(UsageError, match="not a checkpoint"):
         train_gpt.load_model(str(tmp_path / "other.pt"))
+    state = torch.load(path, weights_only=True)
+    del state["tensors"]["head"]
+    torch.save(state, tmp_path / "older.pt")
+    refused(run([*flags, f"--resume={tmp_path}/older.pt"]), "older.pt: made by another version of this script ('head')")
+    with pytest.raises(UsageError, match="made by another version"):
+        train_gpt.load_model(str(tmp_path / "older.pt"))
 
 
 def test_resume_at_the_end_only_validates(trained):

@@ -1,5 +1,7 @@
 """Whole runs, as users start them: the log, warm-up and rewind, several processes, and every way to stop early."""
 
+import gzip
+import json
 import os
 import pty
 import re
@@ -99,6 +101,24 @@ def test_adam_steps_on_odd_steps_and_counts_its_own(tmp_path, monkeypatch):
     for step, batches in enumerate(loader.stream(0, 6)):
         trainer.train_step(step, batches, (128, 384))
     assert calls == [(1, 1), (3, 2), (5, 3)]
+
+
+def test_profile(tmp_path):
+    """A trace beside the log and, in the log, time by part and by operator; the losses are those of a run without it."""
+    flags = [*tiny_flags(tmp_path), "--num_scheduled_iterations=5", "--micro_batches=2"]
+    done = run([*flags, "--profile=2:4"])
+    assert done.returncode == 0, done.stderr
+    (log,) = (tmp_path / "logs").glob("*.txt")
+    trace = json.loads(gzip.decompress(log.with_suffix(".trace.json.gz").read_bytes()))
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+    text = log.read_text()
+    assert f"profile: steps 2 to 3, trace {log.with_suffix('.trace.json.gz')}" in text
+    assert re.search(r"^profile: products [\d.]+ ms a step$", text, re.M) and re.search(r"^profile: +[\d.]+ ms +\d+\.\d calls a step  aten::mm$", text, re.M)
+    assert val_losses(text.split("=" * 100)[-1]) == val_losses(run(flags).stdout)
+
+
+def test_covered():
+    assert train_gpt.covered([]) == 0 and train_gpt.covered([(3, 5), (0, 2), (1, 2.5), (4, 4.5)]) == 4.5
 
 
 def test_import_runs_nothing(tmp_path):
