@@ -4,8 +4,8 @@
     python train_gpt.py --preset=sample                                         # a small model on a CPU
     python train_gpt.py --help                                                  # every setting
 
-Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 411 ms and 20.0 GiB, from empty caches
-to step 0 in 39 s; on two H200s 211 ms, on four 107 ms. README.md says on what data and to which losses.
+Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 416 ms and 19.8 GiB, from empty caches
+to step 0 in 39 s; one version earlier 411 ms on a slightly faster H200, 211 ms on two and 107 ms on four. README.md says on what data.
 
 The rooms, in order: settings, kernels, model, optimizers, data, schedules, log, checkpoints, main. A room uses only rooms above it.
 """
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import glob
 import itertools
 import math
@@ -338,6 +339,17 @@ def connect(s: Hyperparameters) -> World:
 # Kernels: each a plain reference, which is the definition, and its Triton twin, behind one function.
 
 
+@functools.cache
+def compiled(function):
+    """A function of tensors as one graph for each set of shapes; the graph is made once a process."""
+    return torch.compile(function, dynamic=False)
+
+
+def fused(function, x: Tensor, *rest):
+    """Call a function of tensors, compiled where x is on a GPU; numbers among its arguments must not change during a run."""
+    return (compiled(function) if x.is_cuda else function)(x, *rest)
+
+
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without a weight (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
@@ -619,6 +631,16 @@ def loss_backward(z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: b
     return dz, dzt
 
 
+def to_e4m3(x: Tensor, factor: float) -> Tensor:
+    """x (rows, columns) times a factor, in e4m3; what is beyond its range becomes its largest number."""
+    return (x.float() * factor).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The transpose of x (rows, columns), contiguous. FP8 goes as bytes, and apart from to_e4m3: see _e5m2_bits."""
+    return x.t().contiguous()
+
+
 class _HeadLoss(torch.autograd.Function):
     """The head's product and its loss on a GPU. In FP8 the gradients contract the FP8 copies that the forward pass made."""
 
@@ -627,7 +649,7 @@ class _HeadLoss(torch.autograd.Function):
         if fp8:
             # Norm bounds |x| by the root of the width: that maps onto e4m3's largest number, 448.
             x_scale, w_scale = x.size(1) ** 0.5 / 448, 2.0**-9
-            x8, w8 = ((t.float() * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn) for t, scale in ((x, x_scale), (weight, w_scale)))
+            x8, w8 = fused(to_e4m3, x, 1 / x_scale), fused(to_e4m3, weight, 1 / w_scale)
             scales = [torch.full((), scale, device=x.device) for scale in (x_scale, w_scale, GRAD_SCALE)]
             z = torch._scaled_mm(x8, w8.t(), scales[0], scales[1], out_dtype=torch.bfloat16, use_fast_accum=True)
             operands = (x8, w8, *scales)
@@ -635,21 +657,22 @@ class _HeadLoss(torch.autograd.Function):
             z = x @ weight.t()
             operands = (x, weight)
         loss, lse = loss_forward(z, targets)
-        ctx.fp8 = fp8
-        ctx.save_for_backward(z, targets, lse, *operands)
+        ctx.fp8, ctx.z = fp8, z  # not a saved tensor: the largest of all, it goes before the products of the backward pass
+        ctx.save_for_backward(targets, lse, *operands)
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        z, targets, lse, *operands = ctx.saved_tensors
-        dz, dzt = loss_backward(z, targets, lse, dloss.contiguous(), ctx.fp8)
+        targets, lse, *operands = ctx.saved_tensors
+        dz, dzt = loss_backward(ctx.z, targets, lse, dloss.contiguous(), ctx.fp8)
+        ctx.z = None
         if not ctx.fp8:
             x, weight = operands
             return dz @ weight, (dz.t() @ x).float(), None, None
-        # FP8 products want both operands contiguous along the sum. The copies are PyTorch's: see _e5m2_bits.
         x8, w8, x_scale, w_scale, z_scale = operands
-        dx = torch._scaled_mm(dz, w8.t().contiguous().t(), z_scale, w_scale, out_dtype=torch.bfloat16)
-        dw = torch._scaled_mm(dzt, x8.t().contiguous().t(), z_scale, x_scale, out_dtype=torch.float32)
+        x8t, w8t = (fused(transposed, t.view(torch.uint8)).view(t.dtype) for t in (x8, w8))  # FP8 products want both operands contiguous along the sum
+        dx = torch._scaled_mm(dz, w8t.t(), z_scale, w_scale, out_dtype=torch.bfloat16)
+        dw = torch._scaled_mm(dzt, x8t.t(), z_scale, x_scale, out_dtype=torch.float32)
         return dx, dw, None, None
 
 
@@ -855,7 +878,7 @@ class GPT(nn.Module):
         self.to(world.device)
         self.fetch = lambda parameters: None  # called before parameters are read; Trainer waits there for their communication
         # One graph serves every layer of a kind and every window; evaluation runs it uncompiled.
-        self.compiled = [torch.compile(f, dynamic=False) if world.device.type == "cuda" else f for f in (embed, block, leave)]
+        self.compiled = [compiled(f) if world.device.type == "cuda" else f for f in (embed, block, leave)]
 
     def trunk(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
         """What the head reads: (T, width), normed. windows: how many tokens back short and long layers see."""
@@ -1079,11 +1102,15 @@ class NorMuon:
                 normuon_update(w, g, m, v, lr, lr_mul, s.muon_weight_decay, momentum, s.muon_beta2, self.world.dtype)
 
 
-def adam_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, beta1: float, beta2: float, t: int):
-    """The t-th Adam step (arXiv 1412.6980), in place, of parameters p by gradient g with moments m and v, all of one shape."""
+def adam_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rate: Tensor, parts: int, beta1: float, beta2: float):
+    """An Adam step (arXiv 1412.6980), in place, of parameters p by the mean of gradients of which g is the sum over parts.
+
+    m, v: moments; all of one shape. rate: float32 scalar tensor, the learning rate times Adam's correction of the moments' bias.
+    """
+    g = g / parts
     m.lerp_(g, 1 - beta1)
     v.lerp_(g.square(), 1 - beta2)
-    p -= m / (v.sqrt() + 1e-8) * (lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
+    p -= m / (v.sqrt() + 1e-8) * rate
 
 
 class DistAdam:
@@ -1099,10 +1126,12 @@ class DistAdam:
 
     def step(self, lr_scale: float, t: int):
         """The t-th update, t from 1, with the mean over micro-batches of the gradients gathered since the last."""
+        s = self.s
+        correction = (1 - s.adam_beta2**t) ** 0.5 / (1 - s.adam_beta1**t)
         for stack, rate, (m, v) in zip(self.stacks, self.rates, self.moments, strict=True):
             stack.finish_reduce()
-            g = stack.own_grad / self.s.micro_batches
-            adam_update(stack.own, g, m, v, rate * lr_scale, self.s.adam_beta1, self.s.adam_beta2, t)
+            rate = torch.full((), rate * lr_scale * correction, device=m.device)  # a tensor: a number would be compiled in
+            fused(adam_update, stack.own, stack.own_grad, m, v, rate, s.micro_batches, s.adam_beta1, s.adam_beta2)
 
 
 # ======================================================================================================================
