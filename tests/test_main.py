@@ -94,6 +94,22 @@ def test_step_returns_the_mean_loss(tmp_path):
     assert loss == pytest.approx(5.950643, abs=1e-5) and stops == 0  # ln 384
 
 
+def test_validation_of_any_length(tmp_path):
+    """A last micro-batch that is shorter counts by its tokens."""
+    s, world = train_gpt.parse_settings([*tiny_flags(tmp_path), "--val_tokens=500", "--micro_batches=6", "--train_batch_size=480"]), train_gpt.World()
+    trainer, val = train_gpt.Trainer(s, world), train_gpt.ValLoader(s, world)
+    torch.nn.init.normal_(trainer.model.head, std=0.5)
+    batches = list(val.stream())
+    assert [len(batch.inputs) for batch in batches] == [85, 85, 85, 85, 85, 75]
+    assert torch.equal(torch.cat([batch.targets for batch in batches]), torch.from_numpy(val.tokens[1:501].astype("int32")))
+    trainer.model.eval()
+    with torch.no_grad():
+        every = torch.cat([trainer.model(batch, (128, 384)) for batch in batches])
+    assert trainer.validate(iter(batches), (128, 384)) == pytest.approx(every.double().mean().item(), rel=1e-6)
+    empty = train_gpt.ValLoader(s, train_gpt.World(rank=6, size=7))
+    assert not list(empty.stream())  # a rank may have none
+
+
 def test_adam_steps_on_odd_steps_and_counts_its_own(tmp_path, monkeypatch):
     s, world = train_gpt.parse_settings(tiny_flags(tmp_path)), train_gpt.World()
     trainer, loader, calls = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world), []

@@ -211,4 +211,4 @@ def test_five_hundred_random_settings(tmp_path, monkeypatch, capsys):
             raise AssertionError(f"{changes}: {error!r}") from error
     signal.signal(signal.SIGTERM, handler)
     print(f"{trained} trained, {refused} refused in {len(refusals)} ways")
-    assert trained > 150 and len(refusals) > 15
+    assert trained > 100 and len(refusals) > 50
