@@ -104,6 +104,9 @@ def test_load_model(trained):
     folder, flags, shown = trained
     model = train_gpt.load_model(str(checkpoint(folder)))
     assert not model.training and not any(p.requires_grad for p in model.parameters())
+    start = train_gpt.Rotary(16, 8, torch.float32)
+    assert not torch.equal(model.rotary.frequencies, start.frequencies) and model.rotary.scale > start.scale  # the windows grew
+    assert torch.allclose(model.rotary.cos[5], (5 * model.rotary.frequencies).cos()) and torch.allclose(model.rotary.sin[5], (5 * model.rotary.frequencies).sin())
     s = parse_settings(flags)
     batches = list(ValLoader(s, World()).stream())
     loss = np.mean([model(batch, model.windows).mean().item() for batch in batches])
@@ -201,6 +204,18 @@ def test_sigterm_saves(tmp_path):
         assert ranks > 1 or "Traceback" not in errors
         resumed = run([*flags, "--num_scheduled_iterations=44", "--resume=latest"])
         assert "step:46/46 val_loss" in resumed.stdout, resumed.stderr
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_all_ranks_stop_after_the_same_step(tmp_path, size):
+    """One rank's wish is read at a time of the reader's own, so the step that follows from it must lie where all have read it."""
+    s = parse_settings(tiny_flags(tmp_path))
+    with Log(s, World()) as log:
+        meter = train_gpt.Meter(log, 40, World(0, size), 0.0)
+        meter.start()
+        for step in range(1, 20):
+            meter.step(step, torch.tensor([5.0, float(step >= 4)]))
+    assert meter.stop_after == (4 if size == 1 else 4 + meter.LAG)
 
 
 def test_sigterm_without_checkpoints(tmp_path):

@@ -149,7 +149,7 @@ def test_shard_lost_between_start_and_use(tmp_path, change, says):
     elif change == "cut":
         path.write_bytes(path.read_bytes()[:5000])
     else:
-        write_shard(path, documents(700, 50, seed=77))
+        write_shard(path, documents(900, 60, seed=77))  # longer, with its documents elsewhere
     with pytest.raises(UsageError, match=says) as error:
         for step in range(40):
             loader.host_batches(step)
