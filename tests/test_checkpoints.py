@@ -69,7 +69,7 @@ def test_resumed_run(tmp_path):
 
 def test_resume_in_another_world(tmp_path):
     """Saved by three ranks after an odd step, gone on with by two; saved by one, gone on with by three."""
-    flags = [*tiny_flags(tmp_path), "--val_loss_every=1", "--train_batch_size=768", "--micro_batches=24", "--val_batch_size=768"]
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=1", "--train_batch_size=768", "--micro_batches=12", "--val_batch_size=768"]
     alone = run([*flags, "--save_every=15"])
     ours = val_losses(alone.stdout)
     assert len(ours) == 21, alone.stderr
