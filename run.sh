@@ -2,7 +2,7 @@
 # Install what is missing, fetch what is missing, train.
 #   ./run.sh [--nproc=N] [--name=value ...]   train: FineWeb on all GPUs, or the small sample where there is none
 #   ./run.sh test [pytest arguments]          run the tests
-#   ./run.sh record COMMAND ...               read the logs of runs: records/record.py
+#   ./run.sh record COMMAND ...               make, prove and draw records: records/record.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
