@@ -7,7 +7,8 @@
 Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 416 ms and 19.8 GiB, from empty caches
 to step 0 in 39 s; one version earlier 411 ms on a slightly faster H200, 211 ms on two and 107 ms on four. README.md says on what data.
 
-The rooms, in order: settings, kernels, model, optimizers, data, schedules, log, checkpoints, main. A room uses only rooms above it.
+The rooms, in order: settings, kernels, model, optimizers, data, schedules, training, log, checkpoints, main.
+A room uses only rooms above it.
 """
 
 import argparse
@@ -1326,6 +1327,125 @@ def attention_windows(step: int, s: Hyperparameters) -> tuple[int, int]:
 
 
 # ======================================================================================================================
+# Training
+
+
+class Trainer:
+    """The model and its optimizers, and what one step does with them."""
+
+    def __init__(self, s: Hyperparameters, world: World):
+        self.s, self.world, self.stop = s, world, False  # stop: set by SIGTERM, passed on to all ranks with the next loss
+        self.model = GPT(s, world)
+        self.normuon, self.adam = NorMuon(self.model, s, world), DistAdam(self.model, s, world)
+        model = self.model
+        early = [model.smear_gate, model.scalars, model.lambdas, *(p for slot in model.slots for p in slot.gate), model.embedding, *model.values]
+        turns = {p: turn for turn, p in enumerate(early)} | {model.head: len(early) + 1}
+        owned = zip(self.normuon.stacks + self.adam.stacks, self.normuon.moments + self.adam.moments, strict=True)
+        self.owned = sorted(owned, key=lambda pair: turns.get(pair[0].parameters[0], len(early)))  # as the forward pass reads them
+        self.stacks = [stack for stack, _ in self.owned]
+        self.stack_of = {p: stack for stack in self.stacks for p in stack.parameters}
+        self.model.fetch = self.fetch
+
+    def fetch(self, parameters):
+        """Wait until these parameters have come from the ranks that updated them."""
+        if self.world.size > 1:
+            for p in parameters:
+                self.stack_of[p].fetch(p)
+
+    def train_step(self, step: int, batches: list[Batch], windows: tuple[int, int]) -> Tensor:
+        """One step over this rank's micro-batches.
+
+        Returns, float32 (2,) on the device, the mean loss of the whole step and how many ranks want to stop.
+        """
+        self.model.train()
+        total = 0.0
+        for i, batch in enumerate(batches):
+            if i == len(batches) - 1:
+                for stack in self.normuon.stacks + (self.adam.stacks if step % 2 else []):
+                    stack.arm()
+            loss = self.model(batch, windows).sum()
+            loss.backward()
+            total = total + loss.detach()
+        scale = lr_scale(step, self.s)
+        self.normuon.step(self.s.muon_lr * scale, muon_momentum(step, self.s))
+        if step % 2:
+            self.adam.step(scale, t=step // 2 + 1)
+        result = torch.stack([total / self.s.train_batch_size, torch.full_like(total, self.stop)])
+        if self.world.size > 1:
+            dist.all_reduce(result)
+        for stack in self.stacks:
+            if step % 2 or stack in self.normuon.stacks:
+                stack.publish()
+        return result
+
+    @torch.no_grad()
+    def validate(self, batches, windows: tuple[int, int]) -> float:
+        """Mean loss over the validation micro-batches, nats a token: that of their means, but for a shorter last one."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # a rank may have no micro-batch
+        for batch in batches:
+            losses = self.model(batch, windows)
+            total += torch.stack([losses.sum(dtype=torch.float64), total.new_full((), len(losses))])
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    @torch.no_grad()
+    def warm_up(self, train: TrainLoader, val: ValLoader):
+        """Run throw-away steps and a validation micro-batch, which compile all that the run will use; then rewind."""
+        steps = min(self.s.warmup_steps, self.s.total_steps)
+        if not steps:
+            return
+        state = [*self.model.buffers(), *(t for stack, moments in self.owned for t in (stack.work, stack.own, stack.grad, *moments))]
+        saved = [tensor.to("cpu", copy=True) for tensor in state]
+        windows = attention_windows(0, self.s)
+        with torch.enable_grad():
+            for step, batches in enumerate(train.stream(0, steps)):
+                self.train_step(step, batches, windows)
+        self.validate(itertools.islice(val.stream(), 1), windows)
+        for stack in self.stacks:
+            stack.fetch()
+        for tensor, value in zip(state, saved, strict=True):
+            tensor.copy_(value)
+
+    def whole_state(self, step: int):
+        """Yield (name, tensor) of all that training after `step` steps goes on from, whole on every rank; all ranks must ask.
+
+        A parameter goes by its name, its moments by that and .first and .second, and after an even step, which Adam leaves out,
+        the gradient that it has gathered by .gradient. Each tensor is flat, but for parameters and buffers.
+        """
+        names = {p: name for name, p in self.model.named_parameters()}
+        yield "rotary.frequencies", self.model.rotary.frequencies
+        yield "rotary.scale", self.model.rotary.scale
+        for stack, moments in self.owned:
+            stack.fetch()
+            whole = {"": stack.collect(stack.own), ".first": stack.collect(moments[0]), ".second": stack.collect(moments[1])}
+            if step % 2 and stack in self.adam.stacks:
+                whole[".gradient"] = stack.grad.flatten()[: stack.numel].clone()
+                if self.world.size > 1:
+                    dist.all_reduce(whole[".gradient"])
+            for suffix, full in whole.items():
+                share = [p.numel() * full.numel() // stack.numel for p in stack.parameters]
+                for p, part in zip(stack.parameters, full.split(share), strict=True):
+                    yield names[p] + suffix, part if suffix else part.view(p.shape)
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], step: int):
+        """The inverse: take what `whole_state` gave, perhaps in a world of another size."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        self.model.rotary.frequencies.copy_(tensors["rotary.frequencies"])
+        self.model.rotary.scale.copy_(tensors["rotary.scale"])
+        self.model.rotary.fill()
+        for stack, moments in self.owned:
+            whole = lambda suffix: torch.cat([tensors[names[p] + suffix].flatten() for p in stack.parameters]).to(self.world.device)  # noqa: B023, E731
+            stack.work.view(-1)[: stack.numel] = whole("")
+            for suffix, shard in (("", stack.own), (".first", moments[0]), (".second", moments[1])):
+                stack.deal(whole(suffix), shard)
+            if step % 2 and stack in self.adam.stacks and self.world.rank == 0:  # one rank brings what all had gathered
+                stack.grad.view(-1)[: stack.numel] = whole(".gradient")
+
+
+# ======================================================================================================================
 # Log
 
 SEPARATOR = "=" * 100
@@ -1537,9 +1657,15 @@ class Meter:
 
 
 PARTS = (  # of a profile, by kernel names (on a CPU, operators'); the first that fits counts
-    ("communication", r"nccl|gloo|c10d"), ("attention", r"attention"), ("loss", r"_loss_|log_softmax|nll"), ("embeddings", r"_scatter_add|index_add|embedding"),
-    ("products", r"nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"), ("fused by the compiler", r"^triton_"), ("other", r""),
+    ("fused by the compiler", r"^triton_"), ("communication", r"nccl|gloo|c10d"), ("attention", r"attention"), ("loss", r"_loss_|log_softmax|nll"),
+    ("embeddings", r"_scatter_add|index_add|embedding"), ("products", r"nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"),
+    ("other", r""),
 )  # fmt: skip
+
+
+def part_of(name: str) -> str:
+    """The part of a step that a kernel, or on a CPU an operator, belongs to."""
+    return next(title for title, pattern in PARTS if re.search(pattern, name))
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
@@ -1584,13 +1710,12 @@ class Profiler:
                 found[e.name] = spent + e.time_range.end - e.time_range.start, calls + 1
         else:
             found = {e.key: (e.self_cpu_time_total, e.count) for e in self.profiler.key_averages()}
-        part = lambda name: next(title for title, pattern in PARTS if re.search(pattern, name))  # noqa: E731
         sums, steps = dict.fromkeys((title for title, _ in PARTS), 0.0), len(self.steps)
         for name, (spent, _) in found.items():
-            sums[part(name)] += spent
+            sums[part_of(name)] += spent
         lines = [f"profile: {title} {spent / 1000 / steps:.2f} ms a step" for title, spent in sums.items() if spent]
         if self.gpu:
-            spans = [(e.time_range.start, e.time_range.end, part(e.name) == "communication") for e in events]
+            spans = [(e.time_range.start, e.time_range.end, part_of(e.name) == "communication") for e in events]
             computing, all_of_it = covered([span[:2] for span in spans if not span[2]]), covered([span[:2] for span in spans])
             lines.append(f"profile: computing {computing / 1000 / steps:.2f} ms a step, communication not hidden {(all_of_it - computing) / 1000 / steps:.2f} ms")
         longest = sorted(found.items(), key=lambda item: -item[1][0])[:30]
@@ -1608,7 +1733,7 @@ FREE_SETTINGS = ("preset", "train_files", "val_files", "val_tokens", "val_batch_
 class Saver:
     """Writes a run's checkpoint beside its log, in the background; a new one takes the old one's place when it is whole."""
 
-    def __init__(self, log: Log, trainer: "Trainer"):
+    def __init__(self, log: Log, trainer: Trainer):
         self.path = log.path and log.path.with_suffix(".pt")
         self.gpu, self.writer, self.pending = trainer.world.device.type == "cuda", ThreadPoolExecutor(1), None
         self.buffers = {}
@@ -1621,7 +1746,7 @@ class Saver:
             self.buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=self.gpu)
         return self.buffers[name].copy_(tensor, non_blocking=True) if self.path else None
 
-    def save(self, trainer: "Trainer", step: int, elapsed: float):
+    def save(self, trainer: Trainer, step: int, elapsed: float):
         """Take the state after `step` steps and `elapsed` ms of training, and begin to write it; raises UsageError as `check`."""
         self.check(wait=True)  # its buffers are about to be written anew
         tensors = {name: self._copy(name, tensor) for name, tensor in trainer.whole_state(step)}
@@ -1684,7 +1809,7 @@ def read_checkpoint(path: str) -> dict:
     return state
 
 
-def resume(trainer: "Trainer", path: str) -> tuple[int, float]:
+def resume(trainer: Trainer, path: str) -> tuple[int, float]:
     """Put a checkpoint's state into the trainer; returns its step and the training time in ms so far.
 
     The world may be of another size. Raises UsageError, naming the setting, for a checkpoint of other settings.
@@ -1739,121 +1864,6 @@ class Terminated(BaseException):
 def terminate(*_):
     """The handler of SIGTERM, until checkpoints are on."""
     raise Terminated("SIGTERM")
-
-
-class Trainer:
-    """The model and its optimizers, and what one step does with them."""
-
-    def __init__(self, s: Hyperparameters, world: World):
-        self.s, self.world, self.stop = s, world, False  # stop: set by SIGTERM, passed on to all ranks with the next loss
-        self.model = GPT(s, world)
-        self.normuon, self.adam = NorMuon(self.model, s, world), DistAdam(self.model, s, world)
-        model = self.model
-        early = [model.smear_gate, model.scalars, model.lambdas, *(p for slot in model.slots for p in slot.gate), model.embedding, *model.values]
-        turns = {p: turn for turn, p in enumerate(early)} | {model.head: len(early) + 1}
-        owned = zip(self.normuon.stacks + self.adam.stacks, self.normuon.moments + self.adam.moments, strict=True)
-        self.owned = sorted(owned, key=lambda pair: turns.get(pair[0].parameters[0], len(early)))  # as the forward pass reads them
-        self.stacks = [stack for stack, _ in self.owned]
-        self.stack_of = {p: stack for stack in self.stacks for p in stack.parameters}
-        self.model.fetch = self.fetch
-
-    def fetch(self, parameters):
-        """Wait until these parameters have come from the ranks that updated them."""
-        if self.world.size > 1:
-            for p in parameters:
-                self.stack_of[p].fetch(p)
-
-    def train_step(self, step: int, batches: list[Batch], windows: tuple[int, int]) -> Tensor:
-        """One step over this rank's micro-batches.
-
-        Returns, float32 (2,) on the device, the mean loss of the whole step and how many ranks want to stop.
-        """
-        self.model.train()
-        total = 0.0
-        for i, batch in enumerate(batches):
-            if i == len(batches) - 1:
-                for stack in self.normuon.stacks + (self.adam.stacks if step % 2 else []):
-                    stack.arm()
-            loss = self.model(batch, windows).sum()
-            loss.backward()
-            total = total + loss.detach()
-        scale = lr_scale(step, self.s)
-        self.normuon.step(self.s.muon_lr * scale, muon_momentum(step, self.s))
-        if step % 2:
-            self.adam.step(scale, t=step // 2 + 1)
-        result = torch.stack([total / self.s.train_batch_size, torch.full_like(total, self.stop)])
-        if self.world.size > 1:
-            dist.all_reduce(result)
-        for stack in self.stacks:
-            if step % 2 or stack in self.normuon.stacks:
-                stack.publish()
-        return result
-
-    @torch.no_grad()
-    def validate(self, batches, windows: tuple[int, int]) -> float:
-        """Mean loss over the validation micro-batches, nats a token: that of their means, but for a shorter last one."""
-        self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # a rank may have no micro-batch
-        for batch in batches:
-            losses = self.model(batch, windows)
-            total += torch.stack([losses.sum(dtype=torch.float64), total.new_full((), len(losses))])
-        if self.world.size > 1:
-            dist.all_reduce(total)
-        return (total[0] / total[1]).item()
-
-    @torch.no_grad()
-    def warm_up(self, train: TrainLoader, val: ValLoader):
-        """Run throw-away steps and a validation micro-batch, which compile all that the run will use; then rewind."""
-        steps = min(self.s.warmup_steps, self.s.total_steps)
-        if not steps:
-            return
-        state = [*self.model.buffers(), *(t for stack, moments in self.owned for t in (stack.work, stack.own, stack.grad, *moments))]
-        saved = [tensor.to("cpu", copy=True) for tensor in state]
-        windows = attention_windows(0, self.s)
-        with torch.enable_grad():
-            for step, batches in enumerate(train.stream(0, steps)):
-                self.train_step(step, batches, windows)
-        self.validate(itertools.islice(val.stream(), 1), windows)
-        for stack in self.stacks:
-            stack.fetch()
-        for tensor, value in zip(state, saved, strict=True):
-            tensor.copy_(value)
-
-    def whole_state(self, step: int):
-        """Yield (name, tensor) of all that training after `step` steps goes on from, whole on every rank; all ranks must ask.
-
-        A parameter goes by its name, its moments by that and .first and .second, and after an even step, which Adam leaves out,
-        the gradient that it has gathered by .gradient. Each tensor is flat, but for parameters and buffers.
-        """
-        names = {p: name for name, p in self.model.named_parameters()}
-        yield "rotary.frequencies", self.model.rotary.frequencies
-        yield "rotary.scale", self.model.rotary.scale
-        for stack, moments in self.owned:
-            stack.fetch()
-            whole = {"": stack.collect(stack.own), ".first": stack.collect(moments[0]), ".second": stack.collect(moments[1])}
-            if step % 2 and stack in self.adam.stacks:
-                whole[".gradient"] = stack.grad.flatten()[: stack.numel].clone()
-                if self.world.size > 1:
-                    dist.all_reduce(whole[".gradient"])
-            for suffix, full in whole.items():
-                share = [p.numel() * full.numel() // stack.numel for p in stack.parameters]
-                for p, part in zip(stack.parameters, full.split(share), strict=True):
-                    yield names[p] + suffix, part if suffix else part.view(p.shape)
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor], step: int):
-        """The inverse: take what `whole_state` gave, perhaps in a world of another size."""
-        names = {p: name for name, p in self.model.named_parameters()}
-        self.model.rotary.frequencies.copy_(tensors["rotary.frequencies"])
-        self.model.rotary.scale.copy_(tensors["rotary.scale"])
-        self.model.rotary.fill()
-        for stack, moments in self.owned:
-            whole = lambda suffix: torch.cat([tensors[names[p] + suffix].flatten() for p in stack.parameters]).to(self.world.device)  # noqa: B023, E731
-            stack.work.view(-1)[: stack.numel] = whole("")
-            for suffix, shard in (("", stack.own), (".first", moments[0]), (".second", moments[1])):
-                stack.deal(whole(suffix), shard)
-            if step % 2 and stack in self.adam.stacks and self.world.rank == 0:  # one rank brings what all had gathered
-                stack.grad.view(-1)[: stack.numel] = whole(".gradient")
 
 
 def run(s: Hyperparameters, world: World):

@@ -133,6 +133,15 @@ def test_profile(tmp_path):
     assert val_losses(text.split("=" * 100)[-1]) == val_losses(run(flags).stdout)
 
 
+def test_parts_of_a_profile():
+    """Names as a profile on an H200 and one on a CPU showed them."""
+    names = {"_attention_key_kernel": "attention", "triton_per_fused_attention_backward_mul_sigmoid_2": "fused by the compiler", "_loss_kernel": "loss",
+             "nvjet_sm90_qqtst_192x192_128x4_2x1_v_bz_coopB_TNN": "products", "aten::baddbmm": "products", "Memcpy DtoD (Device -> Device)": "copies",
+             "_scatter_add_kernel": "embeddings", "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL": "communication", "aten::pow": "other",
+             "aten::_scaled_dot_product_flash_attention_for_cpu": "attention"}  # fmt: skip
+    assert {name: train_gpt.part_of(name) for name in names} == names
+
+
 def test_covered():
     assert train_gpt.covered([]) == 0 and train_gpt.covered([(3, 5), (0, 2), (1, 2.5), (4, 4.5)]) == 4.5
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from shards import tiny_flags
+from test_main import ENVIRONMENT
 
 TOOL = Path(__file__).parent.parent / "records" / "record.py"
 LINE = "=" * 100
@@ -154,23 +155,22 @@ def test_race_resumes(tmp_path):
     other.write_text(script.read_text())
     flags = [*tiny_flags(tmp_path), "--num_scheduled_iterations=6", "--num_extension_iterations=0", "--warmup_steps=0"]
     command = [sys.executable, str(TOOL), "race", str(other), str(script), "--runs=2", f"--out={tmp_path}/race", "--nproc=1", *flags]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
     lines = [next(first.stdout) for _ in range(3)]
     assert lines[2].startswith(f"run: {other} ") and "--seed=2" in lines[2]
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [(line.split()[1], "--seed=2" in line) for line in done.stdout.splitlines() if line.startswith("run: ")] == [(str(other), True), (str(script), True)]
     for side in ("a", "b"):
         whole = [path.read_text() for path in (tmp_path / "race" / side).iterdir() if "step:6/6 val_loss" in path.read_text()]
         assert sorted(re.search(r"^seed=(\d+)$", text, re.M)[1] for text in whole) == ["1", "2"]
     assert "A: 2 runs of 6 steps" in done.stdout and "times, B - A:" in done.stdout and "losses, B - A: +0.00000" in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    again = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
     assert again.returncode == 0 and not re.search("^run: ", again.stdout, re.M)
     other.write_text(script.read_text() + "\n# another version\n")
-    changed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    changed = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
     assert changed.returncode == 2 and "holds runs of another version" in changed.stderr
 
 
@@ -322,13 +322,12 @@ def test_sweep_resumes(tmp_path):
     flags = [*tiny_flags(tmp_path), "--num_extension_iterations=0", "--warmup_steps=0"]
     flags = [flag for flag in flags if not flag.startswith("--num_scheduled")]
     command = [sys.executable, str(TOOL), "sweep", str(tmp_path / "list.txt"), f"--out={tmp_path}/out", "--nproc=1", *flags]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
     lines = [next(first.stdout) for _ in range(3)]
     assert "baseline/train_gpt.py" in lines[2] and "--seed=4" in lines[2]
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run: ") == 2 and done.stdout.count("--seed=4") == 2
     table = (tmp_path / "out" / "table.md").read_text().splitlines()
@@ -336,6 +335,6 @@ def test_sweep_resumes(tmp_path):
     assert is_png(tmp_path / "out" / "losses.png", 1000)
     with open(tmp_path / "list.txt", "a") as file:
         file.write("broken: --layers=5.mlp=x\n")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert done.returncode == 1 and done.stdout.count("run: ") == 1
     assert "broken, seed 3: ended with code 2: train_gpt.py: --layers: cannot read" in done.stderr and "| broken | 0 | - |" in (tmp_path / "out" / "table.md").read_text()

@@ -186,7 +186,7 @@ def draw(kind, rng):
                        "2:4", "4:2", "latest", "sample", "record", "nothing"])  # fmt: skip
 
 
-def test_five_hundred_random_settings(tmp_path, monkeypatch, capsys):
+def test_five_hundred_random_settings(tmp_path, monkeypatch):
     """Each trains, or is refused in one line; nothing else is raised."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt, "calibrate", lambda s, world: "")
