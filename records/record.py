@@ -80,6 +80,8 @@ def read_run(path: Path) -> Run | str:
         steps, seconds = int(step), None
     elif re.search(rb"^step:\d+/\d+ train_time:", data[start:], re.M):
         return "unfinished, cut off before its first validation"
+    elif start and b"\narguments: " in data[start:]:
+        return "unfinished, cut off before its first step"
     else:
         return "not a log"
     try:

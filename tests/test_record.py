@@ -87,10 +87,11 @@ def test_unfinished_and_not_finite_runs_are_left_out_by_name(tmp_path):
     whole = (tmp_path / "3.txt").read_text()
     (tmp_path / "3.txt").write_text(whole[: whole.index("step:2225")])
     (tmp_path / "4.txt").write_text(f"script\n{LINE}\nstep:1/9 train_time:5ms step_avg:5.00ms\n")
+    (tmp_path / "6.txt").write_text(f"script\n{LINE}\nPython 3\narguments: --seed=1\nseed=1\n")
     (tmp_path / "5.txt").write_text("s:0 tel:10.9\ns:1 trl:10.8 lr:1 norm:1\n")
     done = tool("stats", tmp_path, "--json")
     assert json.loads(done.stdout)[0]["losses"] == [3.27, 3.28]
-    for line in ("2.txt: its final loss is nan", "3.txt: unfinished, cut off after step 0 of 2225", "4.txt: unfinished, cut off before", "5.txt: unfinished"):
+    for line in ("2.txt: its final loss is nan", "3.txt: unfinished, cut off after step 0 of 2225", "4.txt: unfinished, cut off before", "5.txt: unfinished", "6.txt: unfinished, cut off before its first step"):
         assert line in done.stderr
 
 
