@@ -153,6 +153,11 @@ class Hyperparameters:
         return self.val_batch_size // self.micro_batches
 
     @property
+    def classes(self) -> int:
+        """Rows of the head and of each table: the vocabulary padded to a multiple of 128."""
+        return math.ceil(self.vocab_size / 128) * 128
+
+    @property
     def bos(self) -> int:
         return self.vocab_size - 1
 
@@ -864,7 +869,7 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(s.seed)
         self.layers, self.skips, self.backout_layer = layer_table(s), skip_table(s), s.backout
         self.fp8 = world.fp8
-        classes, width = math.ceil(s.vocab_size / 128) * 128, s.model_dim
+        classes, width = s.classes, s.model_dim
         draw = lambda: nn.Parameter(torch.randn(classes, width, generator=generator).to(world.dtype))  # noqa: E731
         self.embedding = draw()
         self.values = nn.ParameterList(draw() for _ in range(1 + max(layer.value for layer in self.layers)))
@@ -1530,7 +1535,7 @@ def calibrate(s: Hyperparameters, world: World) -> str:
     The GEMMs are an MLP's first product and the head's, on normal random numbers; all_reduce counts the bytes that a ring
     sends, 2 (ranks - 1) / ranks of the tensor; launch is the host's time to start a small operation. Clocks are read under load.
     """
-    gpu, T, width, classes = world.device.type == "cuda", s.train_tokens, s.model_dim, math.ceil(s.vocab_size / 128) * 128
+    gpu, T, width, classes = world.device.type == "cuda", s.train_tokens, s.model_dim, s.classes
 
     def seconds(call, repeats: int | None = None) -> float:
         """Of a call, the middle of three bursts: of so many calls, or of as many as fill 50 ms (on a CPU 15)."""
