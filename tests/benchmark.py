@@ -1,24 +1,29 @@
 """Time every kernel at the run's shapes, on one GPU, in about two minutes.
 
     python tests/benchmark.py
+    python tests/benchmark.py --tiles    # instead, find the attention kernels' tile sizes for this GPU, in a few minutes
 
 Columns: our kernel; the same by its reference under torch.compile, or for attention by compiled FlexAttention; the rate that the
 kernel reaches; and the share of its floor, the larger of its arithmetic at the measured matrix rate and its bytes, each read
 or written once, at the measured copy bandwidth. Medians over repeated launches on random data; nothing here is a test.
 """
 
+import argparse
+import functools
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_gpt as g  # noqa: E402
 
-T, HEADS, HEAD_DIM, WIDTH, CLASSES = 32_768, 6, 128, 768, 50_304
+DEVICE, T, HEADS, HEAD_DIM, WIDTH, CLASSES = "cuda", 32_768, 6, 128, 768, 50_304
+WINDOWS = (384, 896, 1408, 1664)
 
 
 def ms(function) -> float:
@@ -26,7 +31,7 @@ def ms(function) -> float:
 
 
 def random(*shape, dtype=torch.bfloat16):
-    return torch.randn(*shape, device="cuda", dtype=dtype)
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
 
 
 def document_bounds(window: int):
@@ -35,7 +40,7 @@ def document_bounds(window: int):
     ends = lengths.cumsum(0).clamp(max=T)
     spans = torch.diff(ends, prepend=ends.new_zeros(1))
     at, firsts, lasts = torch.arange(T), (ends - spans).repeat_interleave(spans), (ends - 1).repeat_interleave(spans)
-    return [t.int().cuda() for t in (torch.maximum(firsts, at - window), torch.minimum(lasts, at + window))]
+    return [t.int().to(DEVICE) for t in (torch.maximum(firsts, at - window), torch.minimum(lasts, at + window))]
 
 
 class Table:
@@ -44,7 +49,7 @@ class Table:
     def __init__(self):
         a, b = random(8192, 8192), random(8192, 8192)
         self.flops = 2 * 8192**3 / ms(lambda: a @ b) * 1e3
-        large, other = random(2**31), torch.empty(2**31, device="cuda", dtype=torch.bfloat16)
+        large, other = random(2**31), torch.empty(2**31, device=DEVICE, dtype=torch.bfloat16)
         self.bandwidth = 2 * 2 * 2**31 / ms(lambda: other.copy_(large)) * 1e3
         print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: bf16 8192^3 {self.flops / 1e12:.0f} TFLOP/s, copy {self.bandwidth / 1e9:.0f} GB/s")
         print(f"{'kernel':<34}{'ms':>8}{'reference':>11}{'rate':>14}{'of floor':>10}")
@@ -58,13 +63,13 @@ class Table:
 
 def benchmark_attention(table: Table):
     q, k, v, dout = (random(T, HEADS, HEAD_DIM) for _ in range(4))
-    q, k, scale = g.norm(q), g.norm(k), torch.tensor(0.1, device="cuda")
+    q, k, scale = g.norm(q), g.norm(k), torch.tensor(0.1, device=DEVICE)
     batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in (q, k, v)]
     flex = torch.compile(flex_attention)
-    for window in (384, 896, 1408, 1664):
+    for window in WINDOWS:
         first, last = document_bounds(window)
-        mask = create_block_mask(lambda b, h, i, j, first=first: (first[i] <= j) & (j <= i), None, None, T, T, "cuda", _compile=True)
-        pairs = (torch.arange(T, device="cuda") - first + 1).sum().item() * HEADS * HEAD_DIM
+        mask = create_block_mask(lambda b, h, i, j, first=first: (first[i] <= j) & (j <= i), None, None, T, T, DEVICE, _compile=True)
+        pairs = (torch.arange(T, device=DEVICE) - first + 1).sum().item() * HEADS * HEAD_DIM
         size = q.nbytes
         out, lse = g.attention_forward(q, k, v, first, last, scale)
         wanted = flex(*batched, block_mask=mask, scale=0.1)
@@ -76,7 +81,7 @@ def benchmark_attention(table: Table):
 
 
 def benchmark_head(table: Table):
-    z, targets, dloss = 3 * random(T, CLASSES), torch.randint(CLASSES, (T,), device="cuda", dtype=torch.int32), torch.ones(T, device="cuda")
+    z, targets, dloss = 3 * random(T, CLASSES), torch.randint(CLASSES, (T,), device=DEVICE, dtype=torch.int32), torch.ones(T, device=DEVICE)
     _, lse = g.loss_forward(z, targets)
     reference = torch.compile(g.loss_reference)
     table.row("loss forward", lambda: g.loss_forward(z, targets), lambda: reference(z, targets), 0, z.nbytes)
@@ -86,7 +91,7 @@ def benchmark_head(table: Table):
     table.row("loss backward, e5m2 both ways", lambda: g.loss_backward(z, targets, lse, dloss, True), backward, 0, z.nbytes * 2)
     del z, leaf, loss
     x = random(T, WIDTH)
-    grad = torch.zeros(CLASSES, WIDTH, device="cuda")
+    grad = torch.zeros(CLASSES, WIDTH, device=DEVICE)
     add = torch.compile(lambda grad, targets, x: grad.index_add_(0, targets, x.float()))
     table.row("scatter_add", lambda: g.scatter_add(grad, targets, x), lambda: add(grad, targets, x), 0, x.nbytes + 2 * 2 * x.nbytes)
 
@@ -98,11 +103,62 @@ def benchmark_products(table: Table):
         table.row(name, product, None, 2 * T * WIDTH * 4 * WIDTH, x.nbytes + h.nbytes + w.nbytes)
 
 
+def attention_launches(name: str) -> list:
+    """A launch of one attention kernel for each of the run's windows; each reads its tiles when it is called."""
+    kernel = {"forward": g._attention_forward_kernel, "query": g._attention_query_kernel, "key": g._attention_key_kernel}[name]
+    q, k, v, dout = (random(T, HEADS, HEAD_DIM) for _ in range(4))
+    q, k, scale = g.norm(q), g.norm(k), torch.tensor(0.1, device=DEVICE)
+    dq, dk, dv = (torch.empty_like(q) for _ in range(3))
+    launches = []
+    for window in WINDOWS:
+        first, last = document_bounds(window)
+        out, lse = g.attention_forward(q, k, v, first, last, scale)
+        delta = (out.float() * dout.float()).sum(-1).t().contiguous()
+        tensors = {
+            "forward": (q, k, v, out, lse, first, scale),
+            "query": (q, k, v, out, dout, lse, delta, dq, first, scale),
+            "key": (q, k, v, dout, lse, delta, dk, dv, first, last, scale),
+        }[name]
+        launches.append(functools.partial(g._attention_launch, kernel, name, *tensors))
+    return launches
+
+
+def find_tiles(tiles: dict[str, tuple], launches, time) -> dict[str, tuple]:
+    """The fastest tiles for each kernel that runs with any, by the sum of its times over all windows; prints each that it tries.
+
+    tiles: the table that the kernels read, left as it was found. launches: from a kernel's name to its launches. time: ms of one.
+    """
+    best = {}
+    for name, before in list(tiles.items()):
+        found, calls = {}, launches(name)
+        shapes = ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128))
+        for tile in dict.fromkeys((before, *((*shape, *rest) for shape in shapes for rest in ((4, 2), (4, 3), (8, 2), (8, 3))))):
+            tiles[name] = tile
+            try:
+                found[tile] = sum(time(call) for call in calls)
+                print(f"{name} {tile}: {found[tile]:.3f} ms", flush=True)
+            except (OutOfResources, RuntimeError) as error:
+                print(f"{name} {tile}: does not run ({str(error).splitlines()[0]})", flush=True)
+        tiles[name] = before
+        if found:
+            best[name] = min(found, key=found.get)
+            print(f"{name}: fastest {best[name]}, {found[best[name]]:.3f} ms; in use {before}, {found.get(before, float('nan')):.3f} ms", flush=True)
+    return best
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiles", action="store_true", help="find the attention kernels' tile sizes for this GPU")
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("tests/benchmark.py: needs a CUDA GPU, and found none", file=sys.stderr)
         return 2
     torch.manual_seed(0)
+    if arguments.tiles:
+        hopper = torch.cuda.get_device_capability()[0] == 9
+        best = find_tiles(g.HOPPER_TILES if hopper else g.SMALL_TILES, attention_launches, ms)
+        print(f"for train_gpt.py: {'HOPPER' if hopper else 'SMALL'}_TILES = {best}")
+        return 0
     table = Table()
     benchmark_attention(table)
     benchmark_head(table)

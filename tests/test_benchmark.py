@@ -1,0 +1,51 @@
+"""The part of the benchmark that chooses: the times are a GPU's, and are not tested."""
+
+import benchmark
+import pytest
+import torch
+
+import train_gpt
+
+
+def test_find_tiles(capsys):
+    """The fastest of those that run, by the sum over the windows; the table is as it was, and a failure is told."""
+    tiles = {"forward": (64, 64, 4, 3), "key": (64, 64, 4, 2)}
+    before = dict(tiles)
+
+    def launches(name):
+        return [(name, window) for window in range(3)]
+
+    def time(call):
+        name, window = call
+        queries, keys, warps, stages = tiles[name]
+        if warps == 8 and stages == 3:
+            raise RuntimeError("no room\nat all")
+        return 10.0 + window if (queries, keys) != (128, 64) else window + stages + (name == "key") * (warps == 4)
+
+    assert benchmark.find_tiles(tiles, launches, time) == {"forward": (128, 64, 4, 2), "key": (128, 64, 8, 2)}
+    assert tiles == before
+    printed = capsys.readouterr().out
+    assert "key (64, 64, 8, 3): does not run (no room)" in printed and "forward: fastest (128, 64, 4, 2), 9.000 ms; in use (64, 64, 4, 3), 33.000 ms" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the shapes are changed for the interpreter")
+def test_attention_launches(monkeypatch):
+    """Each launch is of its own window: what it writes is attention and its gradients there."""
+    for name, value in {"DEVICE": "cpu", "T": 192, "HEADS": 1, "HEAD_DIM": 16, "WINDOWS": (20, 150)}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    for name in ("forward", "query", "key"):
+        for window, launch in zip(benchmark.WINDOWS, benchmark.attention_launches(name), strict=True):
+            launch()
+            tensors = launch.args[2:]
+            q, k, v = tensors[:3]
+            first, last = benchmark.document_bounds(window)
+            leaves = [t.double().requires_grad_() for t in (q, k, v)]
+            wanted = train_gpt.attention_reference(*leaves, first, torch.tensor(0.1, dtype=torch.float64))
+            if name == "forward":
+                pairs = [(tensors[3], wanted)]
+            else:
+                wanted.backward(tensors[4 if name == "query" else 3].double())
+                dq, dk, dv = (leaf.grad for leaf in leaves)
+                pairs = [(tensors[7], dq)] if name == "query" else [(tensors[6], dk), (tensors[7], dv)]
+            for found, exact in pairs:
+                assert (found.double() - exact).norm() < 2e-2 * exact.norm()
