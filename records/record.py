@@ -14,6 +14,7 @@ Reads this project's logs and those of the public records since 2024-10; folders
 
 import argparse
 import difflib
+import itertools
 import json
 import math
 import os
@@ -396,17 +397,17 @@ def race(arguments) -> int:
 
 @dataclass
 class Entry:
-    """A line of a sweep file: its name, its flags and the patch of the script that it needs, if any."""
+    """A line of a sweep file: its name, its flags and the patches of the script that it needs, in order."""
 
     name: str
     flags: list[str]
-    patch: Path | None = None
+    patches: tuple[Path, ...] = ()
 
 
 def read_sweep(path: Path) -> tuple[list[int], list[Entry]]:
     """Seeds and entries of a sweep file; raises UsageError, naming the line.
 
-    A line is NAME: [FILE.patch] FLAGS, the patch beside the file; seeds: and flags: hold for all; # begins a comment.
+    A line is NAME: [FILE.patch ...] FLAGS, the patches beside the file; seeds: and flags: hold for all; # begins a comment.
     """
     try:
         lines = path.read_text().splitlines()
@@ -424,14 +425,16 @@ def read_sweep(path: Path) -> tuple[list[int], list[Entry]]:
         elif name == "flags":
             common = words
         elif not colon or not re.fullmatch(r"[\w.+-]+", name) or name in entries or name == "seeds":
-            raise UsageError(f"{path}:{count}: cannot read {line!r}; write NAME: [FILE.patch] FLAGS, each name once, or seeds: 1 2")
+            raise UsageError(f"{path}:{count}: cannot read {line!r}; write NAME: [FILE.patch ...] FLAGS, each name once, or seeds: 1 2")
         else:
-            patch = path.parent / words.pop(0) if words and words[0].endswith(".patch") else None
-            if patch and not patch.is_file():
-                raise UsageError(f"{path}:{count}: {patch} does not exist")
+            patches = tuple(path.parent / word for word in itertools.takewhile(lambda word: word.endswith(".patch"), words))
+            words = words[len(patches) :]
+            for patch in patches:
+                if not patch.is_file():
+                    raise UsageError(f"{path}:{count}: {patch} does not exist")
             if stray := [word for word in words if not word.startswith("--")]:
                 raise UsageError(f"{path}:{count}: {stray[0]!r} is not a flag; write --name=value")
-            entries[name] = Entry(name, words, patch)
+            entries[name] = Entry(name, words, patches)
     if not entries:
         raise UsageError(f"{path}: lists no setting; write lines such as  no-mlp-5: --layers=5.mlp=0")
     for entry in entries.values():
@@ -439,17 +442,17 @@ def read_sweep(path: Path) -> tuple[list[int], list[Entry]]:
     return seeds, list(entries.values())
 
 
-def patched(script: Path, patch: Path | None) -> str:
-    """The script's text after a patch; raises UsageError when it does not apply."""
-    if patch is None:
-        return script.read_text()
+def patched(script: Path, patches: tuple[Path, ...]) -> str:
+    """The script's text after patches, of which only what they change in train_gpt.py counts; raises UsageError when one does not apply."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "train_gpt.py"
         shutil.copy(script, copy)
         environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(folder).parent)}  # a repository around it would confuse git
-        done = subprocess.run(["git", "apply", str(patch.resolve())], cwd=folder, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise UsageError(f"{patch}: does not apply to {script}: {done.stderr.strip().splitlines()[0]}")
+        for patch in patches:
+            command = ["git", "apply", "--include=train_gpt.py", str(patch.resolve())]
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise UsageError(f"{patch}: does not apply to {script}: {done.stderr.strip().splitlines()[0]}")
         return copy.read_text()
 
 
@@ -463,7 +466,7 @@ def sweep(arguments) -> int:
     processes = arguments.nproc or max(1, count_gpus())
     for entry in entries:
         (out / entry.name).mkdir(parents=True, exist_ok=True)
-        (out / entry.name / "train_gpt.py").write_text(patched(script, entry.patch))
+        (out / entry.name / "train_gpt.py").write_text(patched(script, entry.patches))
     failed = {}
     for seed in seeds:
         for entry in entries:

@@ -25,10 +25,10 @@ def test_the_list_is_whole():
     for layer in (0, 7, 11):
         for count in (2, 4):
             assert f"attention-{layer}-x{count} " in names and f"mlp-{layer}-x{count} " in names
-    assert {entry.patch.name for entry in ENTRIES if entry.patch} == {path.name for path in (record.RECORDS / "ablations").glob("*.patch")}
+    assert {patch.name for entry in ENTRIES for patch in entry.patches} == {path.name for path in (record.RECORDS / "ablations").glob("*.patch")}
 
 
-@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if not entry.patch], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if not entry.patches], ids=lambda entry: entry.name)
 def test_flags_change_the_model(entry):
     """Each line differs from the baseline in the layer table or the skips, and says what its name says."""
     s, plain = train_gpt.parse_settings(entry.flags), train_gpt.parse_settings([])
@@ -59,12 +59,12 @@ for name, flags, plain in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("patch", sorted({entry.patch for entry in ENTRIES if entry.patch}), ids=lambda patch: patch.name)
-def test_patches_train(patch, tmp_path):
+@pytest.mark.parametrize("patches", sorted({entry.patches for entry in ENTRIES if entry.patches}), ids=lambda patches: patches[0].name)
+def test_patches_train(patches, tmp_path):
     """A patched script: without its flags it is the model it was; with them two steps train it, its new matrices too."""
     plain = [*tiny_flags(tmp_path), "--num_scheduled_iterations=4", "--num_extension_iterations=0"]
-    entries = [(entry.name, [*plain, *entry.flags, *plain[-2:]], plain) for entry in ENTRIES if entry.patch == patch]
-    (tmp_path / "train_gpt.py").write_text(record.patched(SCRIPT, patch))
+    entries = [(entry.name, [*plain, *entry.flags, *plain[-2:]], plain) for entry in ENTRIES if entry.patches == patches]
+    (tmp_path / "train_gpt.py").write_text(record.patched(SCRIPT, patches))
     command = [sys.executable, "-c", PROGRAM, json.dumps(entries)]  # on its own: the script names its operators for torch
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

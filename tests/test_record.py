@@ -317,6 +317,18 @@ def test_sweep_refuses_a_patch_that_does_not_apply(tmp_path):
     assert done.returncode == 2 and "a.patch: does not apply" in done.stderr
 
 
+def test_sweep_applies_patches_in_order(tmp_path):
+    """The second patch needs the first; what one says of another file is left to whoever applies it by hand."""
+    (tmp_path / "script.py").write_text("one\ntwo\n")
+    (tmp_path / "a.patch").write_text("--- a/train_gpt.py\n+++ b/train_gpt.py\n@@ -1,2 +1,2 @@\n-one\n+three\n two\n"
+                                      "--- a/tests/x.py\n+++ b/tests/x.py\n@@ -1,1 +1,1 @@\n-x\n+y\n")  # fmt: skip
+    (tmp_path / "b.patch").write_text("--- a/train_gpt.py\n+++ b/train_gpt.py\n@@ -1,2 +1,2 @@\n-three\n+print('four')\n two\n")
+    (tmp_path / "list.txt").write_text("seeds: 1\nboth: a.patch b.patch --x=1\nsecond: b.patch\n")
+    done = tool("sweep", tmp_path / "list.txt", f"--script={tmp_path}/script.py", f"--out={tmp_path}/out", "--nproc=1")
+    assert (tmp_path / "out" / "both" / "train_gpt.py").read_text() == "print('four')\ntwo\n"
+    assert done.returncode == 2 and "b.patch: does not apply" in done.stderr
+
+
 def test_sweep_resumes(tmp_path):
     """Two settings, two seeds, on the CPU: killed in the second round, gone on with, and a setting that fails is named."""
     (tmp_path / "list.txt").write_text("seeds: 3 4\nflags: --num_scheduled_iterations=4\nbaseline:\nno-mlp: --layers=5.mlp=0  # one less\n")
