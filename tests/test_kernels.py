@@ -137,3 +137,32 @@ def test_norm():
     x = torch.randn(7, 33, dtype=torch.double) * 1e-3
     wanted = x / (x.square().mean(-1, keepdim=True) + 2**-23).sqrt()
     assert relative(train_gpt.norm(x.float()), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_compiled_block(mixed, monkeypatch):
+    """The block as a GPU trains it, traced as one graph around the kernels, which run where they can: output and gradients are the plain ones'."""
+    dtype, backend, tolerance = (torch.bfloat16, "inductor", 3e-2) if DEVICE == "cuda" else (torch.float32, "aot_eager", 1e-4)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(train_gpt, "attention", lambda *tensors: train_gpt.attention_forward(*tensors)[0])
+    torch.manual_seed(0)
+    T, heads, width = 96, 2, 64
+    first, last = visible([40, 56], T, 30)
+    rotary = (torch.randn(T, 16), torch.randn(T, 16), torch.tensor(0.1))
+    shapes = ((T, width), (T, width), (T, width), (T, width), (width, 4 * width), (heads, 12), (width, 4 * width), (width, 4 * width))
+    leaves = [torch.randn(shape) * (0.1 if shape == (width, 4 * width) else 1.0) for shape in shapes]
+    scalars, dout = [torch.tensor([1.1, 0.2, 0.5, 0.4]), torch.tensor(-1.0)], torch.randn(T, width)
+
+    def run(block, move):
+        x, x0, value, kept, qkvo, gate, w_in, w_out, lambdas, skip = tensors = [move(t).detach().requires_grad_() for t in leaves + scalars]
+        cos, sin, scale = (move(t) for t in rotary)
+        bounds = (first.to(x.device), last.to(x.device))
+        out = block(x, x0, ((skip, kept),), lambdas, ((qkvo, gate),), ((w_in, w_out),), value if mixed else None, (cos, sin, scale), bounds)
+        out.backward(move(dout))
+        return out.detach(), *(t.grad for t in tensors if mixed or t is not value)
+
+    ours = run(torch.compile(train_gpt.block, dynamic=False, backend=backend, fullgraph=True), lambda t: t.to(dtype, copy=True) if t.dim() > 1 else t.clone())
+    monkeypatch.undo()
+    wanted = run(train_gpt.block, lambda t: t.double().cpu())
+    for found, exact in zip(ours, wanted, strict=True):
+        assert relative(found.cpu(), exact) < tolerance
