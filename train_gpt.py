@@ -361,12 +361,13 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: Tensor) -> Tensor:
-    """Attention in which query i sees the keys first[i] to i; arguments as in `attention`."""
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, scale: Tensor) -> Tensor:
+    """Gated attention in which query i sees the keys first[i] to i; arguments as in `attention`."""
     at = torch.arange(q.size(0), device=q.device)
     visible = (first[:, None] <= at) & (at <= at[:, None])
     q, k, v = (t.transpose(0, 1)[None] for t in (q * scale, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)[0].transpose(0, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)[0].transpose(0, 1)
+    return out * torch.sigmoid(gate)[:, :, None]
 
 
 @triton.jit
@@ -380,8 +381,10 @@ def _scores(q, k, scale, first, rows, columns, masked):
 
 @triton.jit
 def _attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_ptr, scale_ptr, T, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    q_ptr, k_ptr, v_ptr, gate_ptr, out_ptr, lse_ptr, first_ptr, scale_ptr, T,
+    H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """A gate g only scales a row's probabilities, so what the backward pass reads is the log-sum-exp less log2(g)."""
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
@@ -407,16 +410,18 @@ def _attention_forward_kernel(
         total = total * shrink + tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         top = new_top
+    gate = tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32)
+    total *= 1.0 + tl.exp(-gate)  # over the gate, a sigmoid
     tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
     tl.store(lse_ptr + head * T + rows, top + tl.log2(total), mask=inside)
 
 
 @triton.jit
 def _attention_query_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, first_ptr, scale_ptr, T,
+    q_ptr, k_ptr, v_ptr, gate_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dgate_ptr, first_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of q, and delta = sum(out * dout), which the gradients of k and v need."""
+    """The gradients of q and gate, and delta = sum(out * dout) over the gate, which the gradients of k and v need."""
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
@@ -430,6 +435,9 @@ def _attention_query_kernel(
     dout = tl.load(dout_ptr + at, mask=inside[:, None], other=0.0)
     out = tl.load(out_ptr + at, mask=inside[:, None], other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    gate = tl.sigmoid(tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32))
+    tl.store(dgate_ptr + rows * H + head, (delta * (1.0 - gate)).to(dgate_ptr.dtype.element_ty), mask=inside)
+    delta = delta / tl.maximum(gate, 1e-30)  # where the gate is less, out is zero
     tl.store(delta_ptr + head * T + rows, delta, mask=inside)
     dq = tl.zeros([BM, D], tl.float32)
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
@@ -496,39 +504,39 @@ def _attention_launch(kernel, name: str, *tensors: Tensor):
 
 
 @torch.library.custom_op("speedrun::attention", mutates_args=())
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The Triton twin of `attention`: the output, and the base-2 log-sum-exp of each row's scores, float32 (heads, T)."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The Triton twin of `attention`: the output, and the base-2 log-sum-exp of each row's scores over its gate, float32 (heads, T)."""
+    q, k, v, gate = q.contiguous(), k.contiguous(), v.contiguous(), gate.contiguous()
     out, lse = torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
-    _attention_launch(_attention_forward_kernel, "forward", q, k, v, out, lse, first, scale)
+    _attention_launch(_attention_forward_kernel, "forward", q, k, v, gate, out, lse, first, scale)
     return out, lse
 
 
 @torch.library.custom_op("speedrun::attention_backward", mutates_args=())
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor, last: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    dout, q, k, v = dout.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
-    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), torch.empty_like(lse)
-    _attention_launch(_attention_query_kernel, "query", q, k, v, out, dout, lse, delta, dq, first, scale)
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, out: Tensor, lse: Tensor, first: Tensor, last: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and gate."""
+    dout, q, k, v, gate = dout.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), gate.contiguous()
+    dq, dk, dv, dgate, delta = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), torch.empty_like(gate), torch.empty_like(lse)
+    _attention_launch(_attention_query_kernel, "query", q, k, v, gate, out, dout, lse, delta, dq, dgate, first, scale)
     _attention_launch(_attention_key_kernel, "key", q, k, v, dout, lse, delta, dk, dv, first, last, scale)
-    return dq, dk, dv
+    return dq, dk, dv, dgate
 
 
 @attention_forward.register_fake
-def _(q, k, v, first, last, scale):
+def _(q, k, v, gate, first, last, scale):
     return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
 
 
 @attention_backward.register_fake
-def _(dout, q, k, v, out, lse, first, last, scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+def _(dout, q, k, v, gate, out, lse, first, last, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), gate.new_empty(gate.shape)
 
 
 def _save_attention(ctx, inputs, output):
-    q, k, v, first, last, scale = inputs
-    ctx.save_for_backward(q, k, v, *output, first, last, scale)
+    q, k, v, gate, first, last, scale = inputs
+    ctx.save_for_backward(q, k, v, gate, *output, first, last, scale)
 
 
 attention_forward.register_autograd(
@@ -536,14 +544,15 @@ attention_forward.register_autograd(
 )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> Tensor:
-    """Attention over packed documents, in the manner of FlashAttention (arXiv 2205.14135).
+def attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> Tensor:
+    """Attention over packed documents, in the manner of FlashAttention (arXiv 2205.14135), each row of a head times a gate.
 
-    q, k, v: (T, heads, head_dim). first, last: int32 (T); query i sees the keys first[i] to i, and key j is seen by the
-    queries j to last[j]; neither may decrease, so that a tile's bounds are those of its ends, and windows and documents
-    of any length cost no new compilation. scale: float32 scalar tensor. Returns (T, heads, head_dim).
+    q, k, v: (T, heads, head_dim). gate: (T, heads), of which the sigmoid is the factor. first, last: int32 (T); query i sees
+    the keys first[i] to i, and key j is seen by the queries j to last[j]; neither may decrease, so that a tile's bounds are
+    those of its ends, and windows and documents of any length cost no new compilation. scale: float32 scalar tensor.
+    Returns (T, heads, head_dim).
     """
-    return attention_forward(q, k, v, first, last, scale)[0] if q.is_cuda else attention_reference(q, k, v, first, scale)
+    return attention_forward(q, k, v, gate, first, last, scale)[0] if q.is_cuda else attention_reference(q, k, v, gate, first, scale)
 
 
 SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5)
@@ -802,8 +811,7 @@ def attention_path(x: Tensor, weight: Tensor, gate: Tensor, l0: Tensor, l1: Tens
     q, k, v = F.linear(x, qkvo[:3].reshape(3 * width, width)).view(T, 3, len(gate), -1).unbind(1)
     cos, sin, scale = rotary
     v = l0 * v if value is None else l0 * v + l1 * value.view_as(v)
-    y = attention(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v, *visible, scale)
-    y = y * torch.sigmoid(F.linear(x[:, :GATE_CHANNELS], gate))[:, :, None]
+    y = attention(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v, F.linear(x[:, :GATE_CHANNELS], gate), *visible, scale)
     return F.linear(y.reshape(T, width), qkvo[3])
 
 

@@ -63,6 +63,7 @@ class Table:
 
 def benchmark_attention(table: Table):
     q, k, v, dout = (random(T, HEADS, HEAD_DIM) for _ in range(4))
+    gate = random(T, HEADS)
     q, k, scale = g.norm(q), g.norm(k), torch.tensor(0.1, device=DEVICE)
     batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in (q, k, v)]
     flex = torch.compile(flex_attention)
@@ -71,12 +72,12 @@ def benchmark_attention(table: Table):
         mask = create_block_mask(lambda b, h, i, j, first=first: (first[i] <= j) & (j <= i), None, None, T, T, DEVICE, _compile=True)
         pairs = (torch.arange(T, device=DEVICE) - first + 1).sum().item() * HEADS * HEAD_DIM
         size = q.nbytes
-        out, lse = g.attention_forward(q, k, v, first, last, scale)
+        out, lse = g.attention_forward(q, k, v, gate, first, last, scale)
         wanted = flex(*batched, block_mask=mask, scale=0.1)
         gradient = dout.transpose(0, 1)[None]
-        table.row(f"attention forward, W = {window}", lambda: g.attention_forward(q, k, v, first, last, scale),
+        table.row(f"attention forward, W = {window}", lambda: g.attention_forward(q, k, v, gate, first, last, scale),
                   lambda: flex(*batched, block_mask=mask, scale=0.1), 4 * pairs, 4 * size)  # fmt: skip
-        table.row(f"attention backward, W = {window}", lambda: g.attention_backward(dout, q, k, v, out, lse, first, last, scale),
+        table.row(f"attention backward, W = {window}", lambda: g.attention_backward(dout, q, k, v, gate, out, lse, first, last, scale),
                   lambda: torch.autograd.grad(wanted, batched, gradient, retain_graph=True), 10 * pairs, 8 * size)  # fmt: skip
 
 
@@ -107,16 +108,17 @@ def attention_launches(name: str) -> list:
     """A launch of one attention kernel for each of the run's windows; each reads its tiles when it is called."""
     kernel = {"forward": g._attention_forward_kernel, "query": g._attention_query_kernel, "key": g._attention_key_kernel}[name]
     q, k, v, dout = (random(T, HEADS, HEAD_DIM) for _ in range(4))
+    gate = random(T, HEADS)
     q, k, scale = g.norm(q), g.norm(k), torch.tensor(0.1, device=DEVICE)
-    dq, dk, dv = (torch.empty_like(q) for _ in range(3))
+    dq, dk, dv, dgate = *(torch.empty_like(q) for _ in range(3)), torch.empty_like(gate)
     launches = []
     for window in WINDOWS:
         first, last = document_bounds(window)
-        out, lse = g.attention_forward(q, k, v, first, last, scale)
-        delta = (out.float() * dout.float()).sum(-1).t().contiguous()
+        out, lse = g.attention_forward(q, k, v, gate, first, last, scale)
+        delta = ((out.float() * dout.float()).sum(-1) / torch.sigmoid(gate)).t().float().contiguous()
         tensors = {
-            "forward": (q, k, v, out, lse, first, scale),
-            "query": (q, k, v, out, dout, lse, delta, dq, first, scale),
+            "forward": (q, k, v, gate, out, lse, first, scale),
+            "query": (q, k, v, gate, out, dout, lse, delta, dq, dgate, first, scale),
             "key": (q, k, v, dout, lse, delta, dk, dv, first, last, scale),
         }[name]
         launches.append(functools.partial(g._attention_launch, kernel, name, *tensors))

@@ -33,6 +33,8 @@ def test_attention_launches(monkeypatch):
     """Each launch is of its own window: what it writes is attention and its gradients there."""
     for name, value in {"DEVICE": "cpu", "T": 192, "HEADS": 1, "HEAD_DIM": 16, "WINDOWS": (20, 150)}.items():
         monkeypatch.setattr(benchmark, name, value)
+    gate, random = torch.randn(192, 1).bfloat16(), benchmark.random
+    monkeypatch.setattr(benchmark, "random", lambda *shape: gate if shape == gate.shape else random(*shape))
     for name in ("forward", "query", "key"):
         for window, launch in zip(benchmark.WINDOWS, benchmark.attention_launches(name), strict=True):
             launch()
@@ -40,12 +42,12 @@ def test_attention_launches(monkeypatch):
             q, k, v = tensors[:3]
             first, last = benchmark.document_bounds(window)
             leaves = [t.double().requires_grad_() for t in (q, k, v)]
-            wanted = train_gpt.attention_reference(*leaves, first, torch.tensor(0.1, dtype=torch.float64))
+            wanted = train_gpt.attention_reference(*leaves, gate.double(), first, torch.tensor(0.1, dtype=torch.float64))
             if name == "forward":
-                pairs = [(tensors[3], wanted)]
+                pairs = [(tensors[4], wanted)]
             else:
-                wanted.backward(tensors[4 if name == "query" else 3].double())
+                wanted.backward(tensors[5 if name == "query" else 3].double())
                 dq, dk, dv = (leaf.grad for leaf in leaves)
-                pairs = [(tensors[7], dq)] if name == "query" else [(tensors[6], dk), (tensors[7], dv)]
+                pairs = [(tensors[8], dq)] if name == "query" else [(tensors[6], dk), (tensors[7], dv)]
             for found, exact in pairs:
                 assert (found.double() - exact).norm() < 2e-2 * exact.norm()
