@@ -361,6 +361,151 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x (T, heads, head_dim), the halves of a head being the pairs' two parts."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos[: len(x), None], sin[: len(x), None]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+def heads_reference(qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What attention reads: q and k normed and turned, v mixed; arguments as in `heads`."""
+    q, k, v = qkv.unbind(1)
+    v = l0 * v if value is None else l0 * v + l1 * value.view_as(v)
+    return rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v
+
+
+@triton.jit
+def _turned(low, high, cos, sin, EPS: tl.constexpr, D: tl.constexpr):
+    """The halves of rows normed and turned, and the factor of the norm."""
+    factor = tl.rsqrt(tl.sum(low * low + high * high, 1) / D + EPS)[:, None]
+    return (low * cos + high * sin) * factor, (high * cos - low * sin) * factor, factor
+
+
+@triton.jit
+def _heads_kernel(
+    qkv_ptr, value_ptr, l0_ptr, l1_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, T,
+    EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    half = tl.arange(0, HALF)
+    inside = (rows < T)[:, None]
+    at = (rows[:, None] * H + tl.program_id(1)) * D + half[None, :]
+    source = (rows[:, None] * 3 * H + tl.program_id(1)) * D + half[None, :]
+    cos = tl.load(cos_ptr + rows[:, None] * HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + rows[:, None] * HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(2):
+        out_ptr = k_ptr if part else q_ptr
+        low = tl.load(qkv_ptr + source + part * H * D, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(qkv_ptr + source + part * H * D + HALF, mask=inside, other=0.0).to(tl.float32)
+        low, high, _ = _turned(low, high, cos, sin, EPS, D)
+        tl.store(out_ptr + at, low.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + at + HALF, high.to(out_ptr.dtype.element_ty), mask=inside)
+    for part in tl.static_range(2):
+        v = tl.load(l0_ptr) * tl.load(qkv_ptr + source + 2 * H * D + part * HALF, mask=inside, other=0.0).to(tl.float32)
+        if value_ptr is not None:
+            v += tl.load(l1_ptr) * tl.load(value_ptr + at + part * HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(v_ptr + at + part * HALF, v.to(v_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _heads_backward_kernel(
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, value_ptr, l0_ptr, l1_ptr, cos_ptr, sin_ptr, dqkv_ptr, dvalue_ptr, sums_ptr, T,
+    EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Gradients of qkv and value; and, a row a program, its terms of the gradients of l0 and l1."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    half = tl.arange(0, HALF)
+    inside = (rows < T)[:, None]
+    at = (rows[:, None] * H + tl.program_id(1)) * D + half[None, :]
+    source = (rows[:, None] * 3 * H + tl.program_id(1)) * D + half[None, :]
+    cos = tl.load(cos_ptr + rows[:, None] * HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + rows[:, None] * HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(2):
+        grad_ptr = dk_ptr if part else dq_ptr
+        low = tl.load(qkv_ptr + source + part * H * D, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(qkv_ptr + source + part * H * D + HALF, mask=inside, other=0.0).to(tl.float32)
+        dlow = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dhigh = tl.load(grad_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        turned_low, turned_high, factor = _turned(low, high, cos, sin, EPS, D)
+        along = tl.sum(dlow * turned_low + dhigh * turned_high, 1)[:, None] / D * factor  # a norm's gradient has no part along its input
+        dlow, dhigh = dlow * cos - dhigh * sin, dlow * sin + dhigh * cos
+        tl.store(dqkv_ptr + source + part * H * D, ((dlow - low * along) * factor).to(dqkv_ptr.dtype.element_ty), mask=inside)
+        tl.store(dqkv_ptr + source + part * H * D + HALF, ((dhigh - high * along) * factor).to(dqkv_ptr.dtype.element_ty), mask=inside)
+    d0, d1 = 0.0, 0.0
+    for part in tl.static_range(2):
+        dv = tl.load(dv_ptr + at + part * HALF, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(qkv_ptr + source + 2 * H * D + part * HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dqkv_ptr + source + 2 * H * D + part * HALF, (tl.load(l0_ptr) * dv).to(dqkv_ptr.dtype.element_ty), mask=inside)
+        d0 += tl.sum(dv * v)
+        if value_ptr is not None:
+            value = tl.load(value_ptr + at + part * HALF, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dvalue_ptr + at + part * HALF, (tl.load(l1_ptr) * dv).to(dvalue_ptr.dtype.element_ty), mask=inside)
+            d1 += tl.sum(dv * value)
+    sums_ptr += 2 * (tl.program_id(0) * H + tl.program_id(1))
+    tl.store(sums_ptr, d0)
+    tl.store(sums_ptr + 1, d1)
+
+
+def _heads_launch(kernel, T: int, H: int, D: int, *tensors: Tensor | None):
+    """Run one of these kernels over (groups of 16 rows) x heads."""
+    eps = torch.finfo(torch.float32).eps
+    kernel[triton.cdiv(T, 16), H](*tensors, T, EPS=eps, H=H, D=D, HALF=D // 2, BM=16, num_warps=4)
+
+
+@torch.library.custom_op("speedrun::heads", mutates_args=())
+def heads_forward(
+    qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The Triton twin of `heads_reference`."""
+    T, _, H, D = qkv.shape
+    q, k, v = (qkv.new_empty(T, H, D) for _ in range(3))
+    _heads_launch(_heads_kernel, T, H, D, qkv.contiguous(), value if value is None else value.contiguous(), l0, l1, cos, sin, q, k, v)
+    return q, k, v
+
+
+@torch.library.custom_op("speedrun::heads_backward", mutates_args=())
+def heads_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv, of value (empty if there is none), and of l0 and l1 as one tensor (2,)."""
+    T, _, H, D = qkv.shape
+    dqkv, sums = torch.empty_like(qkv), qkv.new_empty(triton.cdiv(T, 16) * H, 2, dtype=torch.float32)
+    dvalue = qkv.new_empty(0) if value is None else torch.empty_like(value)
+    _heads_launch(_heads_backward_kernel, T, H, D, dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv.contiguous(),
+                  value if value is None else value.contiguous(), l0, l1, cos, sin, dqkv, dvalue, sums)  # fmt: skip
+    return dqkv, dvalue, sums.sum(0)
+
+
+@heads_forward.register_fake
+def _(qkv, value, l0, l1, cos, sin):
+    shape = (qkv.size(0), *qkv.shape[2:])
+    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+@heads_backward.register_fake
+def _(dq, dk, dv, qkv, value, l0, l1, cos, sin):
+    dvalue = qkv.new_empty(0) if value is None else value.new_empty(value.shape)
+    return qkv.new_empty(qkv.shape), dvalue, qkv.new_empty(2, dtype=torch.float32)
+
+
+def _heads_gradients(ctx, dq, dk, dv):
+    dqkv, dvalue, (d0, d1) = heads_backward(dq, dk, dv, *ctx.saved_tensors)
+    return dqkv, dvalue if ctx.needs_input_grad[1] else None, d0, d1, None, None
+
+
+heads_forward.register_autograd(_heads_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def heads(qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What attention reads, each (T, heads, head_dim), of a product qkv (T, 3, heads, head_dim).
+
+    q and k are normed and turned by rotary tables cos and sin (at least T, head_dim / 2). v is l0 v, plus l1 times value, (T, width),
+    if there is one; l0, l1: float32 scalar tensors.
+    """
+    return (heads_forward if qkv.is_cuda else heads_reference)(qkv, value, l0, l1, cos, sin)
+
+
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, scale: Tensor) -> Tensor:
     """Gated attention in which query i sees the keys first[i] to i; arguments as in `attention`."""
     at = torch.arange(q.size(0), device=q.device)
@@ -787,13 +932,6 @@ class Rotary(nn.Module):
         self.fill()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x (T, heads, head_dim), the halves of a head being the pairs' two parts."""
-    x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos[: len(x), None], sin[: len(x), None]
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
-
-
 def embed(e: Tensor, gate: Tensor, s: Tensor) -> Tensor:
     """Smear each raw embedding (T, width) forward by one token, by its own gate (1, 12) and the scalar s; then norm."""
     mixed = s * torch.sigmoid(F.linear(e[1:, :GATE_CHANNELS], gate)) * e[:-1]
@@ -808,10 +946,9 @@ def attention_path(x: Tensor, weight: Tensor, gate: Tensor, l0: Tensor, l1: Tens
     """
     T, width = x.shape
     qkvo = weight.view(4, width, width)
-    q, k, v = F.linear(x, qkvo[:3].reshape(3 * width, width)).view(T, 3, len(gate), -1).unbind(1)
+    qkv = F.linear(x, qkvo[:3].reshape(3 * width, width)).view(T, 3, len(gate), -1)
     cos, sin, scale = rotary
-    v = l0 * v if value is None else l0 * v + l1 * value.view_as(v)
-    y = attention(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v, F.linear(x[:, :GATE_CHANNELS], gate), *visible, scale)
+    y = attention(*heads(qkv, value, l0, l1, cos, sin), F.linear(x[:, :GATE_CHANNELS], gate), *visible, scale)
     return F.linear(y.reshape(T, width), qkvo[3])
 
 
@@ -1670,7 +1807,7 @@ class Meter:
 
 
 PARTS = (  # of a profile, by kernel names (on a CPU, operators'); the first that fits counts
-    ("fused by the compiler", r"^triton_"), ("communication", r"nccl|gloo|c10d"), ("attention", r"attention"), ("loss", r"_loss_|log_softmax|nll"),
+    ("fused by the compiler", r"^triton_"), ("communication", r"nccl|gloo|c10d"), ("attention", r"attention|_heads_"), ("loss", r"_loss_|log_softmax|nll"),
     ("embeddings", r"_scatter_add|index_add|embedding"), ("products", r"nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"),
     ("other", r""),
 )  # fmt: skip

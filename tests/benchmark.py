@@ -61,6 +61,19 @@ class Table:
         print(f"{name:<34}{took:>8.3f}{'-' if other is None else f'{other:.3f}':>11}{rate:>14}{floor / took:>10.0%}", flush=True)
 
 
+def benchmark_heads(table: Table):
+    qkv, value = random(T, 3, HEADS, HEAD_DIM), random(T, WIDTH)
+    angles, l0, l1 = torch.randn(T, HEAD_DIM // 2, device="cuda"), *(torch.tensor(0.5, device="cuda") for _ in range(2))
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    leaves, grads = [t.requires_grad_() for t in (qkv.detach(), value.detach(), l0, l1)], [random(T, HEADS, HEAD_DIM) for _ in range(3)]
+    reference = torch.compile(g.heads_reference)
+    wanted = reference(*leaves, cos, sin)
+    table.row("q, k, v for attention", lambda: g.heads_forward(qkv, value, l0, l1, cos, sin),
+              lambda: reference(qkv, value, l0, l1, cos, sin), 0, 2 * qkv.nbytes + value.nbytes)  # fmt: skip
+    table.row("their gradients", lambda: g.heads_backward(*grads, qkv, value, l0, l1, cos, sin),
+              lambda: torch.autograd.grad(wanted, leaves, grads, retain_graph=True), 0, 3 * qkv.nbytes + 2 * value.nbytes)  # fmt: skip
+
+
 def benchmark_attention(table: Table):
     q, k, v, dout = (random(T, HEADS, HEAD_DIM) for _ in range(4))
     gate = random(T, HEADS)
@@ -162,6 +175,7 @@ def main() -> int:
         print(f"for train_gpt.py: {'HOPPER' if hopper else 'SMALL'}_TILES = {best}")
         return 0
     table = Table()
+    benchmark_heads(table)
     benchmark_attention(table)
     benchmark_head(table)
     benchmark_products(table)

@@ -28,7 +28,15 @@ def tiles(name):
     return {"H": 6, "D": 128, "BM": BM, "BN": BN}, {}, warps, stages
 
 
+def heads(constants):
+    types = dict.fromkeys(("l0_ptr", "l1_ptr", "sums_ptr"), "*fp32")
+    return {"EPS": 2.0**-23, "H": 6, "D": 128, "HALF": 64, "BM": 16} | constants, types, 4, 3
+
+
 KERNELS = {
+    "heads": (g._heads_kernel, *heads({})),
+    "heads without value": (g._heads_kernel, *heads({"value_ptr": None})),
+    "heads backward": (g._heads_backward_kernel, *heads({})),
     "forward": (g._attention_forward_kernel, *tiles("forward")),
     "query": (g._attention_query_kernel, *tiles("query")),
     "key": (g._attention_key_kernel, *tiles("key")),
@@ -47,7 +55,7 @@ print(json.dumps({"wgmma": compiled.asm["ptx"].count("wgmma.mma_async"), "shared
 """
 
 
-@pytest.mark.parametrize("kernel", ["forward", "query", "key", "loss", "loss backward fp8", "loss backward bf16", "scatter"])
+@pytest.mark.parametrize("kernel", ["heads", "heads without value", "heads backward", "forward", "query", "key", "loss", "loss backward fp8", "loss backward bf16", "scatter"])
 def test_kernel_compiles_for_hopper(kernel, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -28,6 +28,30 @@ def relative(found, wanted):
     return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("T, H, D", [(37, 3, 16), (1, 1, 64), (64, 2, 32)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_heads(T, H, D, dtype, tolerance, mixed):
+    torch.manual_seed(T)
+    qkv, value, angles = torch.randn(T, 3, H, D).to(dtype), torch.randn(T, H * D).to(dtype), torch.randn(T + 5, D // 2)
+    l0, l1, grads = torch.tensor(0.7), torch.tensor(-0.4), [torch.randn(T, H, D).to(dtype) for _ in range(3)]
+    leaves = [qkv, *([value] if mixed else []), l0, l1]
+    exact = [t.double().requires_grad_() for t in leaves]
+    ours = [t.clone().requires_grad_() for t in leaves]
+    results = []
+    for tensors, function, tables in ((exact, train_gpt.heads_reference, (angles.cos().to(dtype).double(), angles.sin().to(dtype).double())),
+                                      (ours, train_gpt.heads_forward, (angles.cos().to(dtype), angles.sin().to(dtype)))):  # fmt: skip
+        results.append(function(tensors[0], tensors[1] if mixed else None, *tensors[-2:], *tables))
+        torch.autograd.backward(results[-1], [grad.to(tensors[0].dtype) for grad in grads])
+    for wanted, found in zip(*results, strict=True):
+        assert found.dtype == dtype and relative(found.detach(), wanted.detach()) < tolerance
+    for wanted, found in zip(exact, ours, strict=True):
+        if wanted is exact[-1] and not mixed:
+            assert wanted.grad is None and found.grad == 0
+        else:
+            assert relative(found.grad, wanted.grad) < tolerance
+
+
 ATTENTION_CASES = {
     "documents of length 1": ([1] * 70 + [30], 100, 16),
     "one document, T no multiple of a tile": ([77], 77, 200),
@@ -158,6 +182,7 @@ def test_compiled_block(mixed, monkeypatch):
     dtype, backend, tolerance = (torch.bfloat16, "inductor", 3e-2) if DEVICE == "cuda" else (torch.float32, "aot_eager", 1e-4)
     if DEVICE == "cpu":
         monkeypatch.setattr(train_gpt, "attention", lambda *tensors: train_gpt.attention_forward(*tensors)[0])
+        monkeypatch.setattr(train_gpt, "heads", lambda *tensors: train_gpt.heads_forward(*tensors))
     torch.manual_seed(0)
     T, heads, width = 96, 2, 64
     first, last = visible([40, 56], T, 30)
