@@ -516,11 +516,13 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Te
 
 
 @triton.jit
-def _scores(q, k, scale, first, rows, columns, masked):
-    """Scaled scores in base 2; in a tile that is masked, minus infinity unless first[row] <= column <= row."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if masked:
-        scores = tl.where((first[:, None] <= columns[None, :]) & (columns[None, :] <= rows[:, None]), scores, -float("inf"))
+def _mask(scores, low, key, high, needed):
+    """Scores, but in a tile where a mask is needed, minus infinity unless low <= key <= high.
+
+    All three count from the tile's start: from the sequence's, compilers make 64-bit numbers of them, which takes thrice as long.
+    """
+    if needed:
+        scores = tl.where((low <= key) & (key <= high), scores, -float("inf"))
     return scores
 
 
@@ -543,14 +545,16 @@ def _attention_forward_kernel(
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, D], tl.float32)
     full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)  # from this key on, all rows see a key before them
+    key = tl.arange(0, BN)[None, :]
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
         columns = n + tl.arange(0, BN)
         at_keys = (columns[:, None] * H + head) * D + d[None, :]
         k = tl.load(k_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
         v = tl.load(v_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
-        scores = _scores(q, k, scale, first, rows, columns, (n < full) | (n + BN > start))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - new_top[:, None])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = _mask(scores, (first - n)[:, None], key, (rows - n)[:, None], (n < full) | (n + BN > start))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
@@ -585,12 +589,16 @@ def _attention_query_kernel(
     delta = delta / tl.maximum(gate, 1e-30)  # where the gate is less, out is zero
     tl.store(delta_ptr + head * T + rows, delta, mask=inside)
     dq = tl.zeros([BM, D], tl.float32)
+    full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)
+    key = tl.arange(0, BN)[None, :]
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
         columns = n + tl.arange(0, BN)
         at_keys = (columns[:, None] * H + head) * D + d[None, :]
         k = tl.load(k_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
         v = tl.load(v_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
-        p = tl.exp2(_scores(q, k, scale * 1.4426950408889634, first, rows, columns, True) - lse[:, None])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = _mask(scores, (first - n)[:, None], key, (rows - n)[:, None], (n < full) | (n + BN > start))
+        p = tl.exp2(scores * (scale * 1.4426950408889634) - lse[:, None])
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -614,18 +622,20 @@ def _attention_key_kernel(
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     end = tl.load(last_ptr + tl.minimum(start + BN, T) - 1) + 1
+    full = tl.load(last_ptr + start) + 1  # up to this query, all see every key of the tile that is before them
+    key = tl.arange(0, BN)[:, None]
     for m in range(start // BM * BM, end, BM):
         rows = m + tl.arange(0, BM)
         inside = rows < T
         at_rows = (rows[:, None] * H + head) * D + d[None, :]
         q = tl.load(q_ptr + at_rows, mask=inside[:, None], other=0.0)
         dout = tl.load(dout_ptr + at_rows, mask=inside[:, None], other=0.0)
-        lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=float("inf"))
+        lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=0.0)
         delta = tl.load(delta_ptr + head * T + rows, mask=inside, other=0.0)
-        first = tl.load(first_ptr + rows, mask=inside, other=T)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
-        visible = (first[None, :] <= columns[:, None]) & (columns[:, None] <= rows[None, :])
-        p = tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
+        first = tl.load(first_ptr + rows, mask=inside, other=0)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        scores = _mask(scores, (first - start)[None, :], key, (rows - start)[None, :], (m + BM > full) | (m < start + BN))
+        p = tl.exp2(scores * (scale * 1.4426950408889634) - lse[None, :])
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
