@@ -710,7 +710,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, last
     return attention_forward(q, k, v, gate, first, last, scale)[0] if q.is_cuda else attention_reference(q, k, v, gate, first, scale)
 
 
-SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5)
+SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5) = 15 * (1 + tanh(z / 15))
+TANH_CAP, TANH_SLOPE = SOFTCAP / 2 / math.log(2), 0.5 / SOFTCAP_SLOPE  # the same in base 2: TANH_CAP * (1 + tanh(TANH_SLOPE * z))
 GRAD_SCALE = 1 / 448  # of the FP8 gradient of z, whose values lie within -1 and 1
 
 
@@ -725,78 +726,103 @@ def loss_reference(z: Tensor, targets: Tensor) -> Tensor:
 
 
 @triton.jit
-def _loss_kernel(z_ptr, target_ptr, loss_ptr, lse_ptr, V, CAP: tl.constexpr, SLOPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Loss and log-sum-exp of one row; the softcap bounds the logits, so the largest possible stands in for the largest."""
+def _tanh(x, EXACT: tl.constexpr):
+    """tanh of float32 x; unless exact, to 2^-11 in one instruction, where three bound the loss kernels."""
+    if EXACT:
+        return 2 * tl.sigmoid(2 * x) - 1
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _loss_kernel(
+    z_ptr, target_ptr, loss_ptr, lse_ptr, V, CAP: tl.constexpr, SLOPE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Loss and base-2 log-sum-exp of one row. In base 2 logits are CAP (1 + tanh(SLOPE z)), so 2 CAP stands in for the largest."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + row * V + at, mask=at < V, other=-float("inf")).to(tl.float32)
-        total += tl.where(at < V, tl.exp(CAP * tl.sigmoid(z / SLOPE) - CAP), 0.0)
-    lse = tl.log(tl.sum(total, 0)) + CAP
+        z = tl.load(z_ptr + row * V + at, mask=at < V, other=0.0).to(tl.float32)
+        total += tl.where(at < V, tl.exp2(CAP * _tanh(SLOPE * z, EXACT) - CAP), 0.0)
+    lse = tl.log2(tl.sum(total, 0)) + 2 * CAP
     z = tl.load(z_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32)
-    tl.store(loss_ptr + row, lse - CAP * tl.sigmoid(z / SLOPE))
+    tl.store(loss_ptr + row, (lse - CAP - CAP * _tanh(SLOPE * z, EXACT)) * 0.6931471805599453)  # ln(2)
     tl.store(lse_ptr + row, lse)
 
 
 @triton.jit
-def _e5m2_bits(x):
-    """The bits of x in e5m2, as uint32: float16's upper half, rounded to nearest even.
+def _e5m2_pair(low, high):
+    """The bits of two numbers in e5m2, as the upper bytes of a uint32's halves: float16's upper halves, rounded to nearest even.
 
     By hand, since ptxas of Triton 3.6 and 3.7.1 miscompiles, or never ends on, bytes taken from converted FP8.
     """
-    half = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    return (half + 127 + ((half >> 8) & 1)) >> 8
+    low = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    high = high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    pair = low | (high << 16)
+    return pair + 0x7F007F + ((pair >> 8) & 0x10001)
+
+
+@triton.jit
+def _loss_gradient(
+    z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN: tl.constexpr, CAP: tl.constexpr, SLOPE: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    """The gradient of z at rows x columns, float32, where GAIN stands for the softcap's slope at 0; and what of it is inside."""
+    inside = (rows[:, None] < T) & (columns[None, :] < V)
+    z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    base = CAP - tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
+    target = tl.load(target_ptr + rows, mask=rows < T, other=0)
+    dloss = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0) * GAIN
+    tanh = _tanh(SLOPE * z, EXACT)
+    p = tl.exp2(CAP * tanh + base[:, None])
+    p = tl.where(columns.to(tl.int32)[None, :] == target[:, None], p - 1.0, p)
+    return p * (1.0 - tanh * tanh) * dloss[:, None], inside
 
 
 @triton.jit
 def _loss_backward_kernel(
-    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, words_ptr, T, V, QUADS, INV_SCALE: tl.constexpr,
+    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, words_ptr, T, V, QUADS, GAIN: tl.constexpr,
     CAP: tl.constexpr, SLOPE: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of z times INV_SCALE, for 4 BM rows, in dz's dtype; or in the bits of e5m2, and its transpose in words of four rows."""
+    """Gradient of z for 4 BM rows, in dz's dtype; or in the bits of e5m2, and its transpose in words of four rows."""
     quads = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     words = tl.zeros([BM, BN], tl.uint32)
-    for part in tl.static_range(4):
-        rows = 4 * quads + part
-        inside = (rows[:, None] < T) & (columns[None, :] < V)
-        z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
-        target = tl.load(target_ptr + rows, mask=rows < T, other=0)
-        slope = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0) * (INV_SCALE * CAP / SLOPE)
-        s = tl.sigmoid(z / SLOPE)
-        p = tl.exp(CAP * s - lse[:, None])
-        dz = (p - tl.where(columns[None, :] == target[:, None], 1.0, 0.0)) * (s * (1.0 - s)) * slope[:, None]
+    for half in tl.static_range(2):
+        rows = 4 * quads + 2 * half
+        at = rows[:, None] * V + columns[None, :]
+        low, low_inside = _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, CAP, SLOPE, not FP8)
+        high, high_inside = _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows + 1, columns, T, V, GAIN, CAP, SLOPE, not FP8)
         if FP8:
-            dz = _e5m2_bits(dz)
-            words |= dz << (8 * part)
-        tl.store(dz_ptr + rows[:, None] * V + columns[None, :], dz.to(dz_ptr.dtype.element_ty), mask=inside)
+            pair = _e5m2_pair(low, high)
+            low, high = (pair >> 8) & 0xFF, pair >> 24
+            words |= (low | (high << 8)) << (16 * half)
+        tl.store(dz_ptr + at, low.to(dz_ptr.dtype.element_ty), mask=low_inside)
+        tl.store(dz_ptr + at + V, high.to(dz_ptr.dtype.element_ty), mask=high_inside)
     if FP8:
         at = columns[:, None] * QUADS + quads[None, :]
         tl.store(words_ptr + at, tl.trans(words), mask=(columns[:, None] < V) & (quads[None, :] < QUADS))
 
 
-def loss_forward(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The Triton twin of `loss_reference`: loss and log-sum-exp of each row, float32 (T,)."""
+def loss_forward(z: Tensor, targets: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """The Triton twin of `loss_reference`: loss and base-2 log-sum-exp of each row, float32 (T,); unless exact, tanh is to 2^-11."""
     T, V = z.shape
     loss, lse = z.new_empty(T, dtype=torch.float32), z.new_empty(T, dtype=torch.float32)
-    _loss_kernel[(T,)](z, targets, loss, lse, V, CAP=SOFTCAP, SLOPE=SOFTCAP_SLOPE, BLOCK=2048, num_warps=4)
+    _loss_kernel[(T,)](z, targets, loss, lse, V, CAP=TANH_CAP, SLOPE=TANH_SLOPE, EXACT=exact, BLOCK=2048, num_warps=4)
     return loss, lse
 
 
 def loss_backward(z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: bool) -> tuple[Tensor, Tensor | None]:
     """Gradient of z (T, classes), given that of each row's loss, in z's dtype; or in e5m2, divided by GRAD_SCALE, and its transpose.
 
-    For e5m2, T must be a multiple of 4.
+    lse is that of `loss_forward`, exact but for e5m2. For e5m2, T must be a multiple of 4.
     """
     T, V = z.shape
     dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
     dzt = dz.new_empty(V, T) if fp8 else None
     out, words = (dz.view(torch.uint8), dzt.view(torch.int32)) if fp8 else (dz, None)
     _loss_backward_kernel[triton.cdiv(V, 128), triton.cdiv(T, 64)](
-        z, targets, lse, dloss, out, words, T, V, T // 4, INV_SCALE=1 / GRAD_SCALE if fp8 else 1.0, CAP=SOFTCAP,
-        SLOPE=SOFTCAP_SLOPE, FP8=fp8, BM=16, BN=128, num_warps=4,
+        z, targets, lse, dloss, out, words, T, V, T // 4, GAIN=SOFTCAP / 2 * TANH_SLOPE * (1 / GRAD_SCALE if fp8 else 1),
+        CAP=TANH_CAP, SLOPE=TANH_SLOPE, FP8=fp8, BM=16, BN=128, num_warps=4,
     )  # fmt: skip
     return dz, dzt
 
@@ -807,7 +833,7 @@ def to_e4m3(x: Tensor, factor: float) -> Tensor:
 
 
 def transposed(x: Tensor) -> Tensor:
-    """The transpose of x (rows, columns), contiguous. FP8 goes as bytes, and apart from to_e4m3: see _e5m2_bits."""
+    """The transpose of x (rows, columns), contiguous. FP8 goes as bytes, and apart from to_e4m3: see _e5m2_pair."""
     return x.t().contiguous()
 
 
@@ -826,7 +852,7 @@ class _HeadLoss(torch.autograd.Function):
         else:
             z = x @ weight.t()
             operands = (x, weight)
-        loss, lse = loss_forward(z, targets)
+        loss, lse = loss_forward(z, targets, exact=not fp8)
         ctx.fp8, ctx.z = fp8, z  # not a saved tensor: the largest of all, it goes before the products of the backward pass
         ctx.save_for_backward(targets, lse, *operands)
         return loss
@@ -849,7 +875,8 @@ class _HeadLoss(torch.autograd.Function):
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, fp8: bool) -> Tensor:
     """Loss of each token, float32 (T,), for normed activations x (T, width), head weight (classes, width), targets int32 (T,).
 
-    On a GPU the gradient of the weight comes out in float32; with fp8 the products are e4m3 x e4m3 forward, e5m2 x e4m3 back.
+    On a GPU the gradient of the weight comes out in float32; with fp8 the products are e4m3 x e4m3 forward, e5m2 x e4m3 back,
+    and the softcap is approximate.
     """
     return _HeadLoss.apply(x, weight, targets, fp8) if x.is_cuda else loss_reference(x @ weight.t(), targets)
 

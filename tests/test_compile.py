@@ -20,7 +20,7 @@ import train_gpt as g
 TYPES = {"T": "i32", "V": "i32", "C": "i32", "QUADS": "i32", "target_ptr": "*i32", "tokens_ptr": "*i32", "first_ptr": "*i32", "last_ptr": "*i32"}
 FLOATS = ("lse_ptr", "delta_ptr", "scale_ptr", "loss_ptr", "dloss_ptr", "table_ptr")
 TYPES |= {name: "*fp32" for name in FLOATS} | {"words_ptr": "*i32"}
-CAP = {"CAP": g.SOFTCAP, "SLOPE": g.SOFTCAP_SLOPE}
+CAP = {"CAP": g.TANH_CAP, "SLOPE": g.TANH_SLOPE}
 
 
 def tiles(name):
@@ -40,9 +40,10 @@ KERNELS = {
     "forward": (g._attention_forward_kernel, *tiles("forward")),
     "query": (g._attention_query_kernel, *tiles("query")),
     "key": (g._attention_key_kernel, *tiles("key")),
-    "loss": (g._loss_kernel, CAP | {"BLOCK": 2048}, {}, 4, 3),
-    "loss backward fp8": (g._loss_backward_kernel, CAP | {"INV_SCALE": 448.0, "FP8": True, "BM": 16, "BN": 128}, {"dz_ptr": "*u8"}, 4, 3),
-    "loss backward bf16": (g._loss_backward_kernel, CAP | {"INV_SCALE": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 128}, {}, 4, 3),
+    "loss": (g._loss_kernel, CAP | {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
+    "loss exact": (g._loss_kernel, CAP | {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
+    "loss backward fp8": (g._loss_backward_kernel, CAP | {"GAIN": 448.0, "FP8": True, "BM": 16, "BN": 128}, {"dz_ptr": "*u8"}, 4, 3),
+    "loss backward bf16": (g._loss_backward_kernel, CAP | {"GAIN": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 128}, {}, 4, 3),
     "scatter": (g._scatter_add_kernel, {"BLOCK": 256}, {}, 2, 3),
 }
 kernel, constants, types, warps, stages = KERNELS[sys.argv[1]]
@@ -55,7 +56,7 @@ print(json.dumps({"wgmma": compiled.asm["ptx"].count("wgmma.mma_async"), "shared
 """
 
 
-@pytest.mark.parametrize("kernel", ["heads", "heads without value", "heads backward", "forward", "query", "key", "loss", "loss backward fp8", "loss backward bf16", "scatter"])
+@pytest.mark.parametrize("kernel", ["heads", "heads without value", "heads backward", "forward", "query", "key", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "scatter"])
 def test_kernel_compiles_for_hopper(kernel, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -110,6 +110,9 @@ def test_attention_mask_is_the_interval():
         assert moved.nonzero().flatten().tolist() == list(range(24, 32))
 
 
+APPROXIMATE = 2e-3 if DEVICE == "cuda" else 1e-5  # the interpreter's tanh is exact
+
+
 @pytest.mark.parametrize("T, V", [(5, 384), (67, 300), (1, 129)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_loss(T, V, dtype, tolerance):
@@ -119,21 +122,24 @@ def test_loss(T, V, dtype, tolerance):
     exact = z.double().requires_grad_()
     wanted = torch.nn.functional.cross_entropy(30 * torch.sigmoid(exact / 7.5), targets.long(), reduction="none")
     wanted.backward(dloss.double())
-    loss, lse = train_gpt.loss_forward(z, targets)
+    loss, lse = train_gpt.loss_forward(z, targets, exact=True)
     dz, _ = train_gpt.loss_backward(z, targets, lse, dloss, fp8=False)
     assert relative(train_gpt.loss_reference(z, targets), wanted.detach()) < 1e-5
     assert relative(loss, wanted.detach()) < 1e-5
+    assert relative(train_gpt.loss_forward(z, targets, exact=False)[0], wanted.detach()) < APPROXIMATE
     assert relative(dz, exact.grad) < tolerance
 
 
 def test_loss_fp8_gradient_and_its_transpose():
     z, targets = 4 * torch.randn(140, 300), torch.randint(300, (140,), dtype=torch.int32)
-    loss, lse = train_gpt.loss_forward(z, targets)
+    _, lse = train_gpt.loss_forward(z, targets, exact=True)
     wanted, _ = train_gpt.loss_backward(z, targets, lse, torch.ones(140), fp8=False)
+    _, lse = train_gpt.loss_forward(z, targets, exact=False)
     dz, dzt = train_gpt.loss_backward(z, targets, lse, torch.ones(140), fp8=True)
     assert dz.dtype == dzt.dtype == torch.float8_e5m2
     assert torch.equal(dz.float(), dzt.float().t())
-    assert torch.equal(dz.float(), (wanted / train_gpt.GRAD_SCALE).half().to(torch.float8_e5m2).float())
+    rounded = (wanted / train_gpt.GRAD_SCALE).half().to(torch.float8_e5m2).float()
+    assert (dz.float() != rounded).float().mean() < (0.01 if DEVICE == "cuda" else 1e-3)  # where one is next to the middle of two
     assert relative(dz.float() * train_gpt.GRAD_SCALE, wanted) < 0.1  # e5m2 has two bits of mantissa
 
 
