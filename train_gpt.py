@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from tqdm import tqdm
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 IMPORTED = time.perf_counter()
 
@@ -356,6 +357,11 @@ def fused(function, x: Tensor, *rest):
     return (compiled(function) if x.is_cuda else function)(x, *rest)
 
 
+def on_hopper(x: Tensor) -> bool:
+    """Whether a tensor is on an H100, an H200 or their like."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without a weight (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
@@ -652,8 +658,7 @@ SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 6
 def _attention_launch(kernel, name: str, *tensors: Tensor):
     """Run one attention kernel over (tiles of queries or keys) x heads; the first tensor is q, (T, heads, head_dim)."""
     T, H, D = tensors[0].shape
-    hopper = tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] == 9
-    BM, BN, warps, stages = (HOPPER_TILES if hopper else SMALL_TILES)[name]
+    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(tensors[0]) else SMALL_TILES)[name]
     grid = (triton.cdiv(T, BN if name == "key" else BM), H)
     kernel[grid](*tensors, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
@@ -708,6 +713,87 @@ def attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, last
     Returns (T, heads, head_dim).
     """
     return attention_forward(q, k, v, gate, first, last, scale)[0] if q.is_cuda else attention_reference(q, k, v, gate, first, scale)
+
+
+def mlp_reference(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """relu(x w_in)^2 w_out^T (arXiv 2109.08668); arguments as in `mlp`."""
+    return F.linear(torch.relu(x @ w_in).square(), w_out)
+
+
+@triton.jit
+def _relu_squared(x, hidden, row, column, BACKWARD: tl.constexpr):
+    if BACKWARD:
+        return x * (2.0 * tl.sqrt(hidden.load([row, column]).to(tl.float32)))
+    x = tl.maximum(x, 0.0)
+    return x * x
+
+
+@triton.jit
+def _mlp_kernel(a, b, out, hidden, T, N, K, PROGRAMS, BACKWARD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """out (T, N) = relu(a b)^2 for a (T, K) and b (K, N); backward a b times the slope of that, twice the root of hidden (T, N)."""
+    across = tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):  # the next tile loads while this one is stored
+        row, column = tile // across * BM, tile % across * BN
+        x = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, K, BK):
+            x = tl.dot(a.load([row, k]), b.load([k, column]), x, input_precision="ieee")
+        # Two halves, one after the other, take half of the shared memory.
+        left, right = x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        out.store([row, column], _relu_squared(left, hidden, row, column, BACKWARD).to(out.dtype))
+        out.store([row, column + BN // 2], _relu_squared(right, hidden, row, column + BN // 2, BACKWARD).to(out.dtype))
+
+
+MLP_TILE = (128, 256, 64, 8, 3)  # rows, columns, depth, warps, stages: what fits an H100's shared memory and registers
+
+
+def _mlp_launch(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
+    """The result of `_mlp_kernel`: backward where hidden is given."""
+    (T, K), N = a.shape, b.size(1)
+    BM, BN, BK, warps, stages = MLP_TILE
+    out = a.new_empty(T, N)
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
+    tiles = [TensorDescriptor.from_tensor(t, [BM, BN // 2]) if t is not None else None for t in (out, hidden)]
+    _mlp_kernel[(programs,)](
+        TensorDescriptor.from_tensor(a.contiguous(), [BM, BK]), TensorDescriptor.from_tensor(b.contiguous(), [BK, BN]), *tiles, T, N, K,
+        programs, BACKWARD=hidden is not None, BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("speedrun::mlp", mutates_args=())
+def mlp_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    """The Triton twin of `mlp_reference`: its result, and the hidden units behind ReLU^2 (T, hidden)."""
+    hidden = _mlp_launch(x, w_in, None)
+    return F.linear(hidden, w_out), hidden
+
+
+@torch.library.custom_op("speedrun::mlp_backward", mutates_args=())
+def mlp_backward(dout: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, w_in and w_out."""
+    dhidden = _mlp_launch(dout, w_out, hidden)
+    return dhidden @ w_in.t(), x.t() @ dhidden, dout.t() @ hidden
+
+
+@mlp_forward.register_fake
+def _(x, w_in, w_out):
+    return x.new_empty(x.shape), x.new_empty(x.size(0), w_in.size(1))
+
+
+@mlp_backward.register_fake
+def _(dout, x, w_in, w_out, hidden):
+    return x.new_empty(x.shape), w_in.new_empty(w_in.shape), w_out.new_empty(w_out.shape)
+
+
+def _save_mlp(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+
+
+mlp_forward.register_autograd(lambda ctx, dout, _: mlp_backward(dout, *ctx.saved_tensors), setup_context=_save_mlp)
+
+
+def mlp(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """relu(x w_in)^2 w_out^T (arXiv 2109.08668): x (T, width), both weights (width, hidden). On Hopper ReLU^2, either way, is in the product."""
+    return mlp_forward(x, w_in, w_out)[0] if on_hopper(x) else mlp_reference(x, w_in, w_out)
 
 
 SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5) = 15 * (1 + tanh(z / 15))
@@ -989,11 +1075,6 @@ def attention_path(x: Tensor, weight: Tensor, gate: Tensor, l0: Tensor, l1: Tens
     return F.linear(y.reshape(T, width), qkvo[3])
 
 
-def mlp_path(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """relu(x w_in)^2 w_out^T (arXiv 2109.08668) for normed x (T, width); both weights (width, 4 width)."""
-    return F.linear(torch.relu(x @ w_in).square(), w_out)
-
-
 def block(x: Tensor, x0: Tensor, skips, lambdas: Tensor, attention_paths, mlp_paths, value: Tensor | None, rotary, visible) -> Tensor:
     """One layer slot: the residual stream x (T, width) mixed with x0, plus its attention paths, plus its MLP paths.
 
@@ -1011,7 +1092,7 @@ def block(x: Tensor, x0: Tensor, skips, lambdas: Tensor, attention_paths, mlp_pa
     if mlp_paths:
         normed = norm(x)
         for w_in, w_out in mlp_paths:
-            x = x + mlp_path(normed, w_in, w_out)
+            x = x + mlp(normed, w_in, w_out)
     return x
 
 
@@ -1844,6 +1925,8 @@ class Meter:
 
 
 PARTS = (  # of a profile, by kernel names (on a CPU, operators'); the first that fits counts
+    ("fused by the compiler", r"^triton_"), ("communication", r"nccl|gloo|c10d"), ("attention", r"attention"), ("loss", r"_loss_|log_softmax|nll"),
+    ("embeddings", r"_scatter_add|index_add|embedding"), ("products", r"_mlp_kernel|nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"),
     ("fused by the compiler", r"^triton_"), ("communication", r"nccl|gloo|c10d"), ("attention", r"attention|_heads_"), ("loss", r"_loss_|log_softmax|nll"),
     ("embeddings", r"_scatter_add|index_add|embedding"), ("products", r"nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"),
     ("other", r""),

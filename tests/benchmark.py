@@ -110,6 +110,16 @@ def benchmark_head(table: Table):
     table.row("scatter_add", lambda: g.scatter_add(grad, targets, x), lambda: add(grad, targets, x), 0, x.nbytes + 2 * 2 * x.nbytes)
 
 
+def benchmark_mlp(table: Table):
+    x, w_in, w_out, dout = random(T, WIDTH), *(0.03 * random(WIDTH, 4 * WIDTH) for _ in range(2)), random(T, WIDTH)
+    _, hidden = g.mlp_forward(x, w_in, w_out)
+    inward = torch.compile(lambda x, w: torch.relu(x @ w).square())
+    slope = torch.compile(lambda dout, w, hidden: (dout @ w) * (2 * hidden.sqrt()))
+    size, flops = x.nbytes + hidden.nbytes + w_in.nbytes, 2 * T * WIDTH * 4 * WIDTH
+    table.row("relu(x w_in)^2", lambda: g._mlp_launch(x, w_in, None), lambda: inward(x, w_in), flops, size)
+    table.row("its gradient", lambda: g._mlp_launch(dout, w_out, hidden), lambda: slope(dout, w_out, hidden), flops, size + hidden.nbytes)
+
+
 def benchmark_products(table: Table):
     """cuBLAS at the block's shapes: what a kernel of ours would have to beat."""
     x, h, w = random(T, WIDTH), random(T, 4 * WIDTH), random(WIDTH, 4 * WIDTH)
@@ -178,6 +188,7 @@ def main() -> int:
     benchmark_heads(table)
     benchmark_attention(table)
     benchmark_head(table)
+    benchmark_mlp(table)
     benchmark_products(table)
     return 0
 

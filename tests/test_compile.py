@@ -33,6 +33,14 @@ def heads(constants):
     return {"EPS": 2.0**-23, "H": 6, "D": 128, "HALF": 64, "BM": 16} | constants, types, 4, 3
 
 
+def mlp(backward):
+    BM, BN, BK, warps, stages = g.MLP_TILE
+    constants = {"BACKWARD": backward, "BM": BM, "BN": BN, "BK": BK} | ({} if backward else {"hidden": None})
+    half = f"tensordesc<bf16[{BM}, {BN // 2}]>"
+    types = {"a": f"tensordesc<bf16[{BM}, {BK}]>", "b": f"tensordesc<bf16[{BK}, {BN}]>", "out": half, "hidden": half}
+    return constants, types | dict.fromkeys(("N", "K", "PROGRAMS"), "i32"), warps, stages
+
+
 KERNELS = {
     "heads": (g._heads_kernel, *heads({})),
     "heads without value": (g._heads_kernel, *heads({"value_ptr": None})),
@@ -40,6 +48,8 @@ KERNELS = {
     "forward": (g._attention_forward_kernel, *tiles("forward")),
     "query": (g._attention_query_kernel, *tiles("query")),
     "key": (g._attention_key_kernel, *tiles("key")),
+    "mlp": (g._mlp_kernel, *mlp(False)),
+    "mlp backward": (g._mlp_kernel, *mlp(True)),
     "loss": (g._loss_kernel, CAP | {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
     "loss exact": (g._loss_kernel, CAP | {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
     "loss backward fp8": (g._loss_backward_kernel, CAP | {"GAIN": 448.0, "FP8": True, "BM": 16, "BN": 128}, {"dz_ptr": "*u8"}, 4, 3),
@@ -49,14 +59,14 @@ KERNELS = {
 kernel, constants, types, warps, stages = KERNELS[sys.argv[1]]
 names = kernel.arg_names
 signature = {n: "constexpr" if n in constants else (TYPES | types).get(n, "*bf16") for n in names}
-aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants}
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and not signature[n].startswith("tensordesc")}
 source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): value for n, value in constants.items()}, attrs=aligned)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
 print(json.dumps({"wgmma": compiled.asm["ptx"].count("wgmma.mma_async"), "shared": compiled.metadata.shared, "size": len(compiled.asm["cubin"])}))
 """
 
 
-@pytest.mark.parametrize("kernel", ["heads", "heads without value", "heads backward", "forward", "query", "key", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "scatter"])
+@pytest.mark.parametrize("kernel", ["heads", "heads without value", "heads backward", "forward", "query", "key", "mlp", "mlp backward", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "scatter"])
 def test_kernel_compiles_for_hopper(kernel, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -66,4 +76,4 @@ def test_kernel_compiles_for_hopper(kernel, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["size"] > 1000 and found["shared"] <= 227 * 1024
-    assert found["wgmma"] > 0 or kernel not in ("forward", "query", "key")  # else it is on a slower path
+    assert found["wgmma"] > 0 or kernel not in ("forward", "query", "key", "mlp", "mlp backward")  # else it is on a slower path

@@ -110,6 +110,25 @@ def test_attention_mask_is_the_interval():
         assert moved.nonzero().flatten().tolist() == list(range(24, 32))
 
 
+@pytest.mark.parametrize("T, width, hidden", [(129, 72, 264), (1, 16, 64), (40, 64, 32)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_mlp(T, width, hidden, dtype, tolerance, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(train_gpt, "MLP_TILE", (32, 64, 32, 4, 2))
+    elif dtype == torch.float32:
+        pytest.skip("a tile of float32 does not fit the shared memory; a GPU trains in bf16")
+    torch.manual_seed(T)
+    x, w_in, w_out, dout = (torch.randn(*shape).to(dtype) for shape in ((T, width), (width, hidden), (width, hidden), (T, width)))
+    exact = [t.double().requires_grad_() for t in (x, w_in, w_out)]
+    wanted = train_gpt.mlp_reference(*exact)
+    wanted.backward(dout.double())
+    out, squares = train_gpt.mlp_forward(x, w_in, w_out)
+    grads = train_gpt.mlp_backward(dout, x, w_in, w_out, squares)
+    assert relative(out, wanted.detach()) < tolerance
+    for grad, tensor in zip(grads, exact, strict=True):
+        assert grad.dtype == dtype and relative(grad, tensor.grad) < tolerance
+
+
 APPROXIMATE = 2e-3 if DEVICE == "cuda" else 1e-5  # the interpreter's tanh is exact
 
 
@@ -189,6 +208,8 @@ def test_compiled_block(mixed, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(train_gpt, "attention", lambda *tensors: train_gpt.attention_forward(*tensors)[0])
         monkeypatch.setattr(train_gpt, "heads", lambda *tensors: train_gpt.heads_forward(*tensors))
+        monkeypatch.setattr(train_gpt, "mlp", lambda *tensors: train_gpt.mlp_forward(*tensors)[0])
+        monkeypatch.setattr(train_gpt, "MLP_TILE", (32, 64, 32, 4, 2))
     torch.manual_seed(0)
     T, heads, width = 96, 2, 64
     first, last = visible([40, 56], T, 30)
