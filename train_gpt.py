@@ -1312,16 +1312,22 @@ def polar_express(u: Tensor) -> Tensor:
     return (x.mT if tall else x).view_as(u)
 
 
-def normuon_update(
-    w: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, lr_mul: Tensor, decay: float, momentum: float, beta2: float, dtype: torch.dtype
-):
-    """Update matrices w (..., rows, cols), momentum m (alike) and second moment v (..., 1, cols) in place, by gradient g.
+def nesterov(g: Tensor, m: Tensor, momentum: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    """Nesterov's direction, in dtype, by the mean of gradients of which g is the sum over parts; updates the momentum m in place.
 
-    Nesterov momentum, the polar factor in dtype, a second moment per column (NorMuon, arXiv 2510.05491) that keeps the
-    Frobenius norm, and cautious weight decay (arXiv 2510.12402). lr_mul: (..., 1, 1), not applied to the decay.
+    g, m: of one shape. momentum: float32 scalar tensor.
     """
+    g = g.to(m.dtype) / parts
     m.lerp_(g, 1 - momentum)
-    u = polar_express(g.lerp(m, momentum).to(dtype))
+    return g.lerp(m, momentum).to(dtype)
+
+
+def normuon_update(w: Tensor, u: Tensor, v: Tensor, lr: Tensor, lr_mul: Tensor, decay: float, beta2: float):
+    """Update matrices w (..., rows, cols) and second moment v (..., 1, cols) in place, by their orthogonal directions u.
+
+    A second moment per column (NorMuon, arXiv 2510.05491) that keeps the Frobenius norm, and cautious weight decay
+    (arXiv 2510.12402). lr: float32 scalar tensor. lr_mul: (..., 1, 1), not applied to the decay.
+    """
     mean = u.float().square().mean(-2, keepdim=True)
     v.lerp_(mean.to(v.dtype), 1 - beta2)
     floored = v.float().clamp(min=1e-10)
@@ -1329,7 +1335,7 @@ def normuon_update(
     before = (rows * mean.sum(-1, keepdim=True)).sqrt()
     after = (rows * (mean / floored).sum(-1, keepdim=True)).sqrt()
     u = u * (floored.rsqrt() * (before / after.clamp(min=1e-10)))
-    u += (lr * decay) * w * (u * w >= 0)
+    u = u + (lr * decay) * w * (u * w >= 0)
     w -= (lr * max(1, rows / w.size(-1)) ** 0.5) * lr_mul * u
 
 
@@ -1364,11 +1370,12 @@ class NorMuon:
     def step(self, lr: float, momentum: float):
         """Update all matrices with the mean of the gradients summed over the step's micro-batches."""
         s = self.s
+        lr, momentum = (torch.full((), x, device=self.world.device) for x in (lr, momentum))  # tensors: numbers would be compiled in
         for stack, parts in zip(self.stacks, self.parts, strict=True):
             stack.finish_reduce()
             for w, g, m, v, lr_mul in parts:
-                g = g.to(m.dtype) / s.micro_batches
-                normuon_update(w, g, m, v, lr, lr_mul, s.muon_weight_decay, momentum, s.muon_beta2, self.world.dtype)
+                u = polar_express(fused(nesterov, g, m, momentum, s.micro_batches, self.world.dtype))
+                fused(normuon_update, w, u, v, lr, lr_mul, s.muon_weight_decay, s.muon_beta2)
 
 
 def adam_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rate: Tensor, parts: int, beta1: float, beta2: float):
