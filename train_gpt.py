@@ -534,29 +534,25 @@ def _mask(scores, low, key, high, needed):
 
 @triton.jit
 def _attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, gate_ptr, out_ptr, lse_ptr, first_ptr, scale_ptr, T,
+    q_tiles, out_tiles, k_tiles, v_tiles, gate_ptr, lse_ptr, first_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A gate g only scales a row's probabilities, so what the backward pass reads is the log-sum-exp less log2(g)."""
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
-    d = tl.arange(0, D)
     inside = rows < T
-    at = (rows[:, None] * H + head) * D + d[None, :]
     scale = tl.load(scale_ptr) * 1.4426950408889634  # log2(e), for exp2
     first = tl.load(first_ptr + rows, mask=inside, other=T)
-    q = tl.load(q_ptr + at, mask=inside[:, None], other=0.0)
+    q = q_tiles.load([start, head * D])
     top = tl.full([BM], -1e30, tl.float32)  # finite: a row may see nothing in its tile's first keys
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, D], tl.float32)
     full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)  # from this key on, all rows see a key before them
     key = tl.arange(0, BN)[None, :]
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
-        columns = n + tl.arange(0, BN)
-        at_keys = (columns[:, None] * H + head) * D + d[None, :]
-        k = tl.load(k_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
-        v = tl.load(v_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
+        k = k_tiles.load([n, head * D])
+        v = v_tiles.load([n, head * D])
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = _mask(scores, (first - n)[:, None], key, (rows - n)[:, None], (n < full) | (n + BN > start))
         new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -567,28 +563,26 @@ def _attention_forward_kernel(
         top = new_top
     gate = tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32)
     total *= 1.0 + tl.exp(-gate)  # over the gate, a sigmoid
-    tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    out_tiles.store([start, head * D], (out / total[:, None]).to(out_tiles.dtype))
     tl.store(lse_ptr + head * T + rows, top + tl.log2(total), mask=inside)
 
 
 @triton.jit
 def _attention_query_kernel(
-    q_ptr, k_ptr, v_ptr, gate_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dgate_ptr, first_ptr, scale_ptr, T,
+    q_tiles, out_tiles, dout_tiles, dq_tiles, k_tiles, v_tiles, gate_ptr, lse_ptr, delta_ptr, dgate_ptr, first_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of q and gate, and delta = sum(out * dout) over the gate, which the gradients of k and v need."""
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
-    d = tl.arange(0, D)
     inside = rows < T
-    at = (rows[:, None] * H + head) * D + d[None, :]
     scale = tl.load(scale_ptr)
     first = tl.load(first_ptr + rows, mask=inside, other=T)
     lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=float("inf"))
-    q = tl.load(q_ptr + at, mask=inside[:, None], other=0.0)
-    dout = tl.load(dout_ptr + at, mask=inside[:, None], other=0.0)
-    out = tl.load(out_ptr + at, mask=inside[:, None], other=0.0)
+    q = q_tiles.load([start, head * D])
+    dout = dout_tiles.load([start, head * D])
+    out = out_tiles.load([start, head * D])
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     gate = tl.sigmoid(tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32))
     tl.store(dgate_ptr + rows * H + head, (delta * (1.0 - gate)).to(dgate_ptr.dtype.element_ty), mask=inside)
@@ -598,33 +592,28 @@ def _attention_query_kernel(
     full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)
     key = tl.arange(0, BN)[None, :]
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
-        columns = n + tl.arange(0, BN)
-        at_keys = (columns[:, None] * H + head) * D + d[None, :]
-        k = tl.load(k_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
-        v = tl.load(v_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
+        k = k_tiles.load([n, head * D])
+        v = v_tiles.load([n, head * D])
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = _mask(scores, (first - n)[:, None], key, (rows - n)[:, None], (n < full) | (n + BN > start))
         p = tl.exp2(scores * (scale * 1.4426950408889634) - lse[:, None])
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    tl.store(dq_ptr + at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+    dq_tiles.store([start, head * D], (dq * scale).to(dq_tiles.dtype))
 
 
 @triton.jit
 def _attention_key_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, first_ptr, last_ptr, scale_ptr, T,
+    q_tiles, dout_tiles, k_tiles, v_tiles, dk_tiles, dv_tiles, lse_ptr, delta_ptr, first_ptr, last_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of k and v: a tile of keys meets every query that sees one of them."""
     head = tl.program_id(1)
     start = tl.program_id(0) * BN
-    columns = start + tl.arange(0, BN)
-    d = tl.arange(0, D)
-    at = (columns[:, None] * H + head) * D + d[None, :]
     scale = tl.load(scale_ptr)
-    k = tl.load(k_ptr + at, mask=columns[:, None] < T, other=0.0)
-    v = tl.load(v_ptr + at, mask=columns[:, None] < T, other=0.0)
+    k = k_tiles.load([start, head * D])
+    v = v_tiles.load([start, head * D])
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     end = tl.load(last_ptr + tl.minimum(start + BN, T) - 1) + 1
@@ -633,9 +622,8 @@ def _attention_key_kernel(
     for m in range(start // BM * BM, end, BM):
         rows = m + tl.arange(0, BM)
         inside = rows < T
-        at_rows = (rows[:, None] * H + head) * D + d[None, :]
-        q = tl.load(q_ptr + at_rows, mask=inside[:, None], other=0.0)
-        dout = tl.load(dout_ptr + at_rows, mask=inside[:, None], other=0.0)
+        q = q_tiles.load([m, head * D])
+        dout = dout_tiles.load([m, head * D])
         lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=0.0)
         delta = tl.load(delta_ptr + head * T + rows, mask=inside, other=0.0)
         first = tl.load(first_ptr + rows, mask=inside, other=0)
@@ -646,8 +634,8 @@ def _attention_key_kernel(
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=columns[:, None] < T)
-    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=columns[:, None] < T)
+    dk_tiles.store([start, head * D], (dk * scale).to(dk_tiles.dtype))
+    dv_tiles.store([start, head * D], dv.to(dv_tiles.dtype))
 
 
 # Tile sizes by kernel: (queries, keys, warps, stages). Fixed, so that no start pays for tuning; found on an H200.
@@ -655,12 +643,16 @@ HOPPER_TILES = {"forward": (64, 64, 4, 3), "query": (64, 64, 4, 2), "key": (64, 
 SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)}  # for chips with less shared memory
 
 
-def _attention_launch(kernel, name: str, *tensors: Tensor):
-    """Run one attention kernel over (tiles of queries or keys) x heads; the first tensor is q, (T, heads, head_dim)."""
-    T, H, D = tensors[0].shape
-    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(tensors[0]) else SMALL_TILES)[name]
+def _attention_launch(kernel, name: str, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], *rest: Tensor):
+    """Run one attention kernel over (tiles of queries or keys) x heads.
+
+    queries, keys: what it reads and writes by tiles of queries or of keys, (T, heads, head_dim), q first, through tensor descriptors.
+    """
+    T, H, D = queries[0].shape
+    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(queries[0]) else SMALL_TILES)[name]
     grid = (triton.cdiv(T, BN if name == "key" else BM), H)
-    kernel[grid](*tensors, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+    tiles = [TensorDescriptor.from_tensor(t.view(T, H * D), [rows, D]) for tensors, rows in ((queries, BM), (keys, BN)) for t in tensors]
+    kernel[grid](*tiles, *rest, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
 
 @torch.library.custom_op("speedrun::attention", mutates_args=())
@@ -668,7 +660,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tens
     """The Triton twin of `attention`: the output, and the base-2 log-sum-exp of each row's scores over its gate, float32 (heads, T)."""
     q, k, v, gate = q.contiguous(), k.contiguous(), v.contiguous(), gate.contiguous()
     out, lse = torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
-    _attention_launch(_attention_forward_kernel, "forward", q, k, v, gate, out, lse, first, scale)
+    _attention_launch(_attention_forward_kernel, "forward", (q, out), (k, v), gate, lse, first, scale)
     return out, lse
 
 
@@ -679,8 +671,8 @@ def attention_backward(
     """Gradients of q, k, v and gate."""
     dout, q, k, v, gate = dout.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), gate.contiguous()
     dq, dk, dv, dgate, delta = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), torch.empty_like(gate), torch.empty_like(lse)
-    _attention_launch(_attention_query_kernel, "query", q, k, v, gate, out, dout, lse, delta, dq, dgate, first, scale)
-    _attention_launch(_attention_key_kernel, "key", q, k, v, dout, lse, delta, dk, dv, first, last, scale)
+    _attention_launch(_attention_query_kernel, "query", (q, out, dout, dq), (k, v), gate, lse, delta, dgate, first, scale)
+    _attention_launch(_attention_key_kernel, "key", (q, dout), (k, v, dk, dv), lse, delta, first, last, scale)
     return dq, dk, dv, dgate
 
 

@@ -140,9 +140,9 @@ def attention_launches(name: str) -> list:
         out, lse = g.attention_forward(q, k, v, gate, first, last, scale)
         delta = ((out.float() * dout.float()).sum(-1) / torch.sigmoid(gate)).t().float().contiguous()
         tensors = {
-            "forward": (q, k, v, gate, out, lse, first, scale),
-            "query": (q, k, v, gate, out, dout, lse, delta, dq, dgate, first, scale),
-            "key": (q, k, v, dout, lse, delta, dk, dv, first, last, scale),
+            "forward": ((q, out), (k, v), gate, lse, first, scale),
+            "query": ((q, out, dout, dq), (k, v), gate, lse, delta, dgate, first, scale),
+            "key": ((q, dout), (k, v, dk, dv), lse, delta, first, last, scale),
         }[name]
         launches.append(functools.partial(g._attention_launch, kernel, name, *tensors))
     return launches

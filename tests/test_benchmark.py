@@ -38,16 +38,15 @@ def test_attention_launches(monkeypatch):
     for name in ("forward", "query", "key"):
         for window, launch in zip(benchmark.WINDOWS, benchmark.attention_launches(name), strict=True):
             launch()
-            tensors = launch.args[2:]
-            q, k, v = tensors[:3]
+            queries, keys = launch.args[2:4]
             first, last = benchmark.document_bounds(window)
-            leaves = [t.double().requires_grad_() for t in (q, k, v)]
+            leaves = [t.double().requires_grad_() for t in (queries[0], *keys[:2])]
             wanted = train_gpt.attention_reference(*leaves, gate.double(), first, torch.tensor(0.1, dtype=torch.float64))
             if name == "forward":
-                pairs = [(tensors[4], wanted)]
+                pairs = [(queries[1], wanted)]
             else:
-                wanted.backward(tensors[5 if name == "query" else 3].double())
+                wanted.backward(queries[2 if name == "query" else 1].double())
                 dq, dk, dv = (leaf.grad for leaf in leaves)
-                pairs = [(tensors[8], dq)] if name == "query" else [(tensors[6], dk), (tensors[7], dv)]
+                pairs = [(queries[3], dq)] if name == "query" else [(keys[2], dk), (keys[3], dv)]
             for found, exact in pairs:
                 assert (found.double() - exact).norm() < 2e-2 * exact.norm()

@@ -25,7 +25,9 @@ CAP = {"CAP": g.TANH_CAP, "SLOPE": g.TANH_SLOPE}
 
 def tiles(name):
     BM, BN, warps, stages = g.HOPPER_TILES[name]
-    return {"H": 6, "D": 128, "BM": BM, "BN": BN}, {}, warps, stages
+    types = dict.fromkeys(("q_tiles", "out_tiles", "dout_tiles", "dq_tiles"), f"tensordesc<bf16[{BM}, 128]>")
+    types |= dict.fromkeys(("k_tiles", "v_tiles", "dk_tiles", "dv_tiles"), f"tensordesc<bf16[{BN}, 128]>")
+    return {"H": 6, "D": 128, "BM": BM, "BN": BN}, types, warps, stages
 
 
 def heads(constants):
