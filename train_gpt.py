@@ -375,24 +375,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def heads_reference(qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What attention reads: q and k normed and turned, v mixed; arguments as in `heads`."""
+    """q, k and v of attention: q and k normed and turned, v mixed; arguments as in `attention`."""
     q, k, v = qkv.unbind(1)
     v = l0 * v if value is None else l0 * v + l1 * value.view_as(v)
     return rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v
 
 
 @triton.jit
-def _turned(low, high, cos, sin, EPS: tl.constexpr, D: tl.constexpr):
-    """The halves of rows normed and turned, and the factor of the norm."""
-    factor = tl.rsqrt(tl.sum(low * low + high * high, 1) / D + EPS)[:, None]
-    return (low * cos + high * sin) * factor, (high * cos - low * sin) * factor, factor
-
-
-@triton.jit
 def _heads_kernel(
-    qkv_ptr, value_ptr, l0_ptr, l1_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, T,
+    qkv_ptr, value_ptr, l0_ptr, l1_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, factor_ptr, T,
     EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
+    """q, k and v, and the factors by which the norm scaled q and k."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     half = tl.arange(0, HALF)
     inside = (rows < T)[:, None]
@@ -404,9 +398,10 @@ def _heads_kernel(
         out_ptr = k_ptr if part else q_ptr
         low = tl.load(qkv_ptr + source + part * H * D, mask=inside, other=0.0).to(tl.float32)
         high = tl.load(qkv_ptr + source + part * H * D + HALF, mask=inside, other=0.0).to(tl.float32)
-        low, high, _ = _turned(low, high, cos, sin, EPS, D)
-        tl.store(out_ptr + at, low.to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(out_ptr + at + HALF, high.to(out_ptr.dtype.element_ty), mask=inside)
+        factor = tl.rsqrt(tl.sum(low * low + high * high, 1) / D + EPS)
+        tl.store(factor_ptr + (part * H + tl.program_id(1)) * T + rows, factor, mask=rows < T)
+        tl.store(out_ptr + at, ((low * cos + high * sin) * factor[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + at + HALF, ((high * cos - low * sin) * factor[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     for part in tl.static_range(2):
         v = tl.load(l0_ptr) * tl.load(qkv_ptr + source + 2 * H * D + part * HALF, mask=inside, other=0.0).to(tl.float32)
         if value_ptr is not None:
@@ -414,106 +409,8 @@ def _heads_kernel(
         tl.store(v_ptr + at + part * HALF, v.to(v_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _heads_backward_kernel(
-    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, value_ptr, l0_ptr, l1_ptr, cos_ptr, sin_ptr, dqkv_ptr, dvalue_ptr, sums_ptr, T,
-    EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Gradients of qkv and value; and, a row a program, its terms of the gradients of l0 and l1."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    half = tl.arange(0, HALF)
-    inside = (rows < T)[:, None]
-    at = (rows[:, None] * H + tl.program_id(1)) * D + half[None, :]
-    source = (rows[:, None] * 3 * H + tl.program_id(1)) * D + half[None, :]
-    cos = tl.load(cos_ptr + rows[:, None] * HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + rows[:, None] * HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
-    for part in tl.static_range(2):
-        grad_ptr = dk_ptr if part else dq_ptr
-        low = tl.load(qkv_ptr + source + part * H * D, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(qkv_ptr + source + part * H * D + HALF, mask=inside, other=0.0).to(tl.float32)
-        dlow = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dhigh = tl.load(grad_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
-        turned_low, turned_high, factor = _turned(low, high, cos, sin, EPS, D)
-        along = tl.sum(dlow * turned_low + dhigh * turned_high, 1)[:, None] / D * factor  # a norm's gradient has no part along its input
-        dlow, dhigh = dlow * cos - dhigh * sin, dlow * sin + dhigh * cos
-        tl.store(dqkv_ptr + source + part * H * D, ((dlow - low * along) * factor).to(dqkv_ptr.dtype.element_ty), mask=inside)
-        tl.store(dqkv_ptr + source + part * H * D + HALF, ((dhigh - high * along) * factor).to(dqkv_ptr.dtype.element_ty), mask=inside)
-    d0, d1 = 0.0, 0.0
-    for part in tl.static_range(2):
-        dv = tl.load(dv_ptr + at + part * HALF, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(qkv_ptr + source + 2 * H * D + part * HALF, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dqkv_ptr + source + 2 * H * D + part * HALF, (tl.load(l0_ptr) * dv).to(dqkv_ptr.dtype.element_ty), mask=inside)
-        d0 += tl.sum(dv * v)
-        if value_ptr is not None:
-            value = tl.load(value_ptr + at + part * HALF, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dvalue_ptr + at + part * HALF, (tl.load(l1_ptr) * dv).to(dvalue_ptr.dtype.element_ty), mask=inside)
-            d1 += tl.sum(dv * value)
-    sums_ptr += 2 * (tl.program_id(0) * H + tl.program_id(1))
-    tl.store(sums_ptr, d0)
-    tl.store(sums_ptr + 1, d1)
-
-
-def _heads_launch(kernel, T: int, H: int, D: int, *tensors: Tensor | None):
-    """Run one of these kernels over (groups of 16 rows) x heads."""
-    eps = torch.finfo(torch.float32).eps
-    kernel[triton.cdiv(T, 16), H](*tensors, T, EPS=eps, H=H, D=D, HALF=D // 2, BM=16, num_warps=4)
-
-
-@torch.library.custom_op("speedrun::heads", mutates_args=())
-def heads_forward(
-    qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The Triton twin of `heads_reference`."""
-    T, _, H, D = qkv.shape
-    q, k, v = (qkv.new_empty(T, H, D) for _ in range(3))
-    _heads_launch(_heads_kernel, T, H, D, qkv.contiguous(), value if value is None else value.contiguous(), l0, l1, cos, sin, q, k, v)
-    return q, k, v
-
-
-@torch.library.custom_op("speedrun::heads_backward", mutates_args=())
-def heads_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, of value (empty if there is none), and of l0 and l1 as one tensor (2,)."""
-    T, _, H, D = qkv.shape
-    dqkv, sums = torch.empty_like(qkv), qkv.new_empty(triton.cdiv(T, 16) * H, 2, dtype=torch.float32)
-    dvalue = qkv.new_empty(0) if value is None else torch.empty_like(value)
-    _heads_launch(_heads_backward_kernel, T, H, D, dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv.contiguous(),
-                  value if value is None else value.contiguous(), l0, l1, cos, sin, dqkv, dvalue, sums)  # fmt: skip
-    return dqkv, dvalue, sums.sum(0)
-
-
-@heads_forward.register_fake
-def _(qkv, value, l0, l1, cos, sin):
-    shape = (qkv.size(0), *qkv.shape[2:])
-    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
-
-
-@heads_backward.register_fake
-def _(dq, dk, dv, qkv, value, l0, l1, cos, sin):
-    dvalue = qkv.new_empty(0) if value is None else value.new_empty(value.shape)
-    return qkv.new_empty(qkv.shape), dvalue, qkv.new_empty(2, dtype=torch.float32)
-
-
-def _heads_gradients(ctx, dq, dk, dv):
-    dqkv, dvalue, (d0, d1) = heads_backward(dq, dk, dv, *ctx.saved_tensors)
-    return dqkv, dvalue if ctx.needs_input_grad[1] else None, d0, d1, None, None
-
-
-heads_forward.register_autograd(_heads_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
-
-def heads(qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What attention reads, each (T, heads, head_dim), of a product qkv (T, 3, heads, head_dim).
-
-    q and k are normed and turned by rotary tables cos and sin (at least T, head_dim / 2). v is l0 v, plus l1 times value, (T, width),
-    if there is one; l0, l1: float32 scalar tensors.
-    """
-    return (heads_forward if qkv.is_cuda else heads_reference)(qkv, value, l0, l1, cos, sin)
-
-
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, scale: Tensor) -> Tensor:
-    """Gated attention in which query i sees the keys first[i] to i; arguments as in `attention`."""
+    """Gated attention of q, k and v (T, heads, head_dim), in which query i sees the keys first[i] to i; arguments as in `attention`."""
     at = torch.arange(q.size(0), device=q.device)
     visible = (first[:, None] <= at) & (at <= at[:, None])
     q, k, v = (t.transpose(0, 1)[None] for t in (q * scale, k, v))
@@ -568,11 +465,22 @@ def _attention_forward_kernel(
 
 
 @triton.jit
+def _store_before_norm(tiles, row, column, dx, x, factor, cos, sin, ROWS: tl.constexpr, D: tl.constexpr):
+    """Store the gradient of rows, given that of x, the same normed by a factor and turned."""
+    along = tl.sum(dx * x, 1) / D  # a norm's gradient has no part along its input
+    dx = (dx - x * along[:, None]) * factor[:, None]
+    low, high = dx.reshape(ROWS, 2, D // 2).permute(0, 2, 1).split()
+    tiles.store([row, column], (low * cos - high * sin).to(tiles.dtype))
+    tiles.store([row, column + D // 2], (low * sin + high * cos).to(tiles.dtype))
+
+
+@triton.jit
 def _attention_query_kernel(
-    q_tiles, out_tiles, dout_tiles, dq_tiles, k_tiles, v_tiles, gate_ptr, lse_ptr, delta_ptr, dgate_ptr, first_ptr, scale_ptr, T,
+    q_tiles, out_tiles, dout_tiles, k_tiles, v_tiles, cos_tiles, sin_tiles, dqkv_tiles,
+    factor_ptr, gate_ptr, lse_ptr, delta_ptr, dgate_ptr, first_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of q and gate, and delta = sum(out * dout) over the gate, which the gradients of k and v need."""
+    """The gradients of q before its norm and of gate, and delta = sum(out * dout) over the gate, which the gradients of k and v need."""
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
@@ -600,15 +508,21 @@ def _attention_query_kernel(
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    dq_tiles.store([start, head * D], (dq * scale).to(dq_tiles.dtype))
+    cos, sin = cos_tiles.load([start, 0]).to(tl.float32), sin_tiles.load([start, 0]).to(tl.float32)
+    factor = tl.load(factor_ptr + head * T + rows, mask=inside, other=0.0)
+    _store_before_norm(dqkv_tiles, start, head * D, dq * scale, q.to(tl.float32), factor, cos, sin, BM, D)
 
 
 @triton.jit
 def _attention_key_kernel(
-    q_tiles, dout_tiles, k_tiles, v_tiles, dk_tiles, dv_tiles, lse_ptr, delta_ptr, first_ptr, last_ptr, scale_ptr, T,
+    q_tiles, dout_tiles, k_tiles, v_tiles, qkv_tiles, value_tiles, dvalue_tiles, cos_tiles, sin_tiles, dqkv_tiles,
+    factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, l0_ptr, l1_ptr, sums_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of k and v: a tile of keys meets every query that sees one of them."""
+    """The gradients of k before its norm, of v before it is mixed, and of value; and, a row a program, terms of those of l0 and l1.
+
+    A tile of keys meets every query that sees one of them.
+    """
     head = tl.program_id(1)
     start = tl.program_id(0) * BN
     scale = tl.load(scale_ptr)
@@ -634,8 +548,18 @@ def _attention_key_kernel(
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    dk_tiles.store([start, head * D], (dk * scale).to(dk_tiles.dtype))
-    dv_tiles.store([start, head * D], dv.to(dv_tiles.dtype))
+    cos, sin = cos_tiles.load([start, 0]).to(tl.float32), sin_tiles.load([start, 0]).to(tl.float32)
+    keys = start + tl.arange(0, BN)
+    factor = tl.load(factor_ptr + (H + head) * T + keys, mask=keys < T, other=0.0)
+    _store_before_norm(dqkv_tiles, start, (H + head) * D, dk * scale, k.to(tl.float32), factor, cos, sin, BN, D)
+    low, high = (dv * tl.load(l0_ptr)).reshape(BN, 2, D // 2).permute(0, 2, 1).split()
+    dqkv_tiles.store([start, (2 * H + head) * D], low.to(dqkv_tiles.dtype))
+    dqkv_tiles.store([start, (2 * H + head) * D + D // 2], high.to(dqkv_tiles.dtype))
+    sums_ptr += 2 * (tl.program_id(0) * H + head)
+    tl.store(sums_ptr, tl.sum(dv * qkv_tiles.load([start, (2 * H + head) * D]).to(tl.float32)))
+    if value_tiles is not None:
+        dvalue_tiles.store([start, head * D], (dv * tl.load(l1_ptr)).to(dvalue_tiles.dtype))
+        tl.store(sums_ptr + 1, tl.sum(dv * value_tiles.load([start, head * D]).to(tl.float32)))
 
 
 # Tile sizes by kernel: (queries, keys, warps, stages). Fixed, so that no start pays for tuning; found on an H200.
@@ -643,68 +567,93 @@ HOPPER_TILES = {"forward": (64, 64, 4, 3), "query": (64, 64, 4, 2), "key": (64, 
 SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)}  # for chips with less shared memory
 
 
-def _attention_launch(kernel, name: str, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], *rest: Tensor):
+def _attention_launch(kernel, name: str, queries: tuple, keys: tuple, halves: tuple, *rest: Tensor | None):
     """Run one attention kernel over (tiles of queries or keys) x heads.
 
-    queries, keys: what it reads and writes by tiles of queries or of keys, (T, heads, head_dim), q first, through tensor descriptors.
+    queries, keys: what it reads and writes by tiles of queries or of keys, (T, ...), first q (T, heads, head_dim), through tensor
+    descriptors; halves: likewise, by tiles half as wide, of its own kind.
     """
     T, H, D = queries[0].shape
     BM, BN, warps, stages = (HOPPER_TILES if on_hopper(queries[0]) else SMALL_TILES)[name]
-    grid = (triton.cdiv(T, BN if name == "key" else BM), H)
-    tiles = [TensorDescriptor.from_tensor(t.view(T, H * D), [rows, D]) for tensors, rows in ((queries, BM), (keys, BN)) for t in tensors]
-    kernel[grid](*tiles, *rest, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+    rows = BN if name == "key" else BM
+    groups = ((queries, [BM, D]), (keys, [BN, D]), (halves, [rows, D // 2]))
+    tiles = [t if t is None else TensorDescriptor.from_tensor(t.view(len(t), -1), shape) for tensors, shape in groups for t in tensors]
+    kernel[triton.cdiv(T, rows), H](*tiles, *rest, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
 
 @torch.library.custom_op("speedrun::attention", mutates_args=())
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The Triton twin of `attention`: the output, and the base-2 log-sum-exp of each row's scores over its gate, float32 (heads, T)."""
-    q, k, v, gate = q.contiguous(), k.contiguous(), v.contiguous(), gate.contiguous()
-    out, lse = torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
-    _attention_launch(_attention_forward_kernel, "forward", (q, out), (k, v), gate, lse, first, scale)
-    return out, lse
+def attention_forward(
+    qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, first: Tensor, last: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The Triton twin of `attention`: the output; then, for the backward pass,
+
+    the base-2 log-sum-exp of each row's scores over its gate, float32 (heads, T), q, k and v as attention reads them, and the
+    factors of the norm of q and k, float32 (2, heads, T).
+    """
+    T, _, H, D = qkv.shape
+    qkv, gate, value = qkv.contiguous(), gate.contiguous(), value if value is None else value.contiguous()
+    out, q, k, v = (qkv.new_empty(T, H, D) for _ in range(4))
+    lse, factors = (qkv.new_empty(*shape, dtype=torch.float32) for shape in ((H, T), (2, H, T)))
+    _heads_kernel[triton.cdiv(T, 16), H](
+        qkv, value, l0, l1, cos, sin, q, k, v, factors, T, EPS=torch.finfo(torch.float32).eps, H=H, D=D, HALF=D // 2, BM=16, num_warps=4
+    )
+    _attention_launch(_attention_forward_kernel, "forward", (q, out), (k, v), (), gate, lse, first, scale)
+    return out, lse, q, k, v, factors
 
 
 @torch.library.custom_op("speedrun::attention_backward", mutates_args=())
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, out: Tensor, lse: Tensor, first: Tensor, last: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and gate."""
-    dout, q, k, v, gate = dout.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), gate.contiguous()
-    dq, dk, dv, dgate, delta = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), torch.empty_like(gate), torch.empty_like(lse)
-    _attention_launch(_attention_query_kernel, "query", (q, out, dout, dq), (k, v), gate, lse, delta, dgate, first, scale)
-    _attention_launch(_attention_key_kernel, "key", (q, dout), (k, v, dk, dv), lse, delta, first, last, scale)
-    return dq, dk, dv, dgate
+    dout: Tensor, qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, first: Tensor,
+    last: Tensor, scale: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, factors: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv, of value (empty if there is none), of l0 and l1 as one tensor (2,), and of gate."""
+    dout, qkv, gate, value = dout.contiguous(), qkv.contiguous(), gate.contiguous(), value if value is None else value.contiguous()
+    keys = triton.cdiv(len(q), (HOPPER_TILES if on_hopper(q) else SMALL_TILES)["key"][1])
+    dqkv, dgate, delta, sums = torch.empty_like(qkv), torch.empty_like(gate), torch.empty_like(lse), lse.new_zeros(keys * q.size(1), 2)
+    dvalue = None if value is None else torch.empty_like(value)
+    _attention_launch(_attention_query_kernel, "query", (q, out, dout), (k, v), (cos, sin, dqkv), factors, gate, lse, delta, dgate, first, scale)
+    _attention_launch(_attention_key_kernel, "key", (q, dout), (k, v, qkv, value, dvalue), (cos, sin, dqkv),
+                      factors, lse, delta, first, last, l0, l1, sums, scale)  # fmt: skip
+    return dqkv, qkv.new_empty(0) if value is None else dvalue, sums.sum(0), dgate
 
 
 @attention_forward.register_fake
-def _(q, k, v, gate, first, last, scale):
-    return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+def _(qkv, value, l0, l1, gate, cos, sin, first, last, scale):
+    T, _, H, D = qkv.shape
+    out, q, k, v = (qkv.new_empty(T, H, D) for _ in range(4))
+    return out, qkv.new_empty(H, T, dtype=torch.float32), q, k, v, qkv.new_empty(2, H, T, dtype=torch.float32)
 
 
 @attention_backward.register_fake
-def _(dout, q, k, v, gate, out, lse, first, last, scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), gate.new_empty(gate.shape)
+def _(dout, qkv, value, l0, l1, gate, *_):
+    dvalue = qkv.new_empty(0) if value is None else value.new_empty(value.shape)
+    return qkv.new_empty(qkv.shape), dvalue, qkv.new_empty(2, dtype=torch.float32), gate.new_empty(gate.shape)
 
 
-def _save_attention(ctx, inputs, output):
-    q, k, v, gate, first, last, scale = inputs
-    ctx.save_for_backward(q, k, v, gate, *output, first, last, scale)
+def _attention_gradients(ctx, dout, *_):
+    dqkv, dvalue, (d0, d1), dgate = attention_backward(dout, *ctx.saved_tensors)
+    return dqkv, dvalue if ctx.needs_input_grad[1] else None, d0, d1, dgate, None, None, None, None, None
 
 
 attention_forward.register_autograd(
-    lambda ctx, dout, _: (*attention_backward(dout, *ctx.saved_tensors), None, None, None), setup_context=_save_attention
+    _attention_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output)
 )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> Tensor:
+def attention(
+    qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, first: Tensor, last: Tensor, scale: Tensor
+) -> Tensor:
     """Attention over packed documents, in the manner of FlashAttention (arXiv 2205.14135), each row of a head times a gate.
 
-    q, k, v: (T, heads, head_dim). gate: (T, heads), of which the sigmoid is the factor. first, last: int32 (T); query i sees
-    the keys first[i] to i, and key j is seen by the queries j to last[j]; neither may decrease, so that a tile's bounds are
-    those of its ends, and windows and documents of any length cost no new compilation. scale: float32 scalar tensor.
-    Returns (T, heads, head_dim).
+    qkv: (T, 3, heads, head_dim), of which q and k are normed and turned by rotary tables cos and sin (at least T, head_dim / 2),
+    and v becomes l0 v, plus l1 times value, (T, width), if there is one; l0, l1: float32 scalar tensors. gate: (T, heads), of
+    which the sigmoid is the factor. first, last: int32 (T); query i sees the keys first[i] to i, and key j is seen by the
+    queries j to last[j]; neither may decrease, so that a tile's bounds are those of its ends, and windows and documents of
+    any length cost no new compilation. scale: float32 scalar tensor. Returns (T, heads, head_dim).
     """
-    return attention_forward(q, k, v, gate, first, last, scale)[0] if q.is_cuda else attention_reference(q, k, v, gate, first, scale)
+    if qkv.is_cuda:
+        return attention_forward(qkv, value, l0, l1, gate, cos, sin, first, last, scale)[0]
+    return attention_reference(*heads_reference(qkv, value, l0, l1, cos, sin), gate, first, scale)
 
 
 def mlp_reference(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
@@ -1063,7 +1012,7 @@ def attention_path(x: Tensor, weight: Tensor, gate: Tensor, l0: Tensor, l1: Tens
     qkvo = weight.view(4, width, width)
     qkv = F.linear(x, qkvo[:3].reshape(3 * width, width)).view(T, 3, len(gate), -1)
     cos, sin, scale = rotary
-    y = attention(*heads(qkv, value, l0, l1, cos, sin), F.linear(x[:, :GATE_CHANNELS], gate), *visible, scale)
+    y = attention(qkv, value, l0, l1, F.linear(x[:, :GATE_CHANNELS], gate), cos, sin, *visible, scale)
     return F.linear(y.reshape(T, width), qkvo[3])
 
 

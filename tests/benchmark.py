@@ -61,37 +61,31 @@ class Table:
         print(f"{name:<34}{took:>8.3f}{'-' if other is None else f'{other:.3f}':>11}{rate:>14}{floor / took:>10.0%}", flush=True)
 
 
-def benchmark_heads(table: Table):
-    qkv, value = random(T, 3, HEADS, HEAD_DIM), random(T, WIDTH)
-    angles, l0, l1 = torch.randn(T, HEAD_DIM // 2, device=DEVICE), *(torch.tensor(0.5, device=DEVICE) for _ in range(2))
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-    leaves, grads = [t.requires_grad_() for t in (qkv.detach(), value.detach(), l0, l1)], [random(T, HEADS, HEAD_DIM) for _ in range(3)]
-    reference = torch.compile(g.heads_reference)
-    wanted = reference(*leaves, cos, sin)
-    table.row("q, k, v for attention", lambda: g.heads_forward(qkv, value, l0, l1, cos, sin),
-              lambda: reference(qkv, value, l0, l1, cos, sin), 0, 2 * qkv.nbytes + value.nbytes)  # fmt: skip
-    table.row("their gradients", lambda: g.heads_backward(*grads, qkv, value, l0, l1, cos, sin),
-              lambda: torch.autograd.grad(wanted, leaves, grads, retain_graph=True), 0, 3 * qkv.nbytes + 2 * value.nbytes)  # fmt: skip
+def attention_inputs() -> list:
+    """qkv, value, l0, l1, gate, cos, sin and scale of the run's attention."""
+    angles, scalars = torch.randn(T, HEAD_DIM // 2, device=DEVICE), [torch.tensor(x, device=DEVICE) for x in (0.5, 0.5, 0.1)]
+    return [random(T, 3, HEADS, HEAD_DIM), random(T, HEADS * HEAD_DIM), *scalars[:2], random(T, HEADS), angles.cos().bfloat16(), angles.sin().bfloat16(), scalars[2]]
 
 
 def benchmark_attention(table: Table):
-    q, k, v, dout = (random(T, HEADS, HEAD_DIM) for _ in range(4))
-    gate = random(T, HEADS)
-    q, k, scale = g.norm(q), g.norm(k), torch.tensor(0.1, device=DEVICE)
-    batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in (q, k, v)]
-    flex = torch.compile(flex_attention)
-    for window in WINDOWS:
+    """The three kernels alone, beside attention without gates and rotary embedding; then, whole, what they and ours before them replace."""
+    *inputs, scale = attention_inputs()
+    qkv, value = inputs[:2]
+    batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in g.heads_reference(*inputs[:4], *inputs[5:])]
+    flex, gradient = torch.compile(flex_attention), random(1, HEADS, T, HEAD_DIM)
+    launches = {name: attention_launches(name) for name in ("forward", "query", "key")}
+    for window, forward, query, key in zip(WINDOWS, *launches.values(), strict=True):
         first, last = document_bounds(window)
         mask = create_block_mask(lambda b, h, i, j, first=first: (first[i] <= j) & (j <= i), None, None, T, T, DEVICE, _compile=True)
         pairs = (torch.arange(T, device=DEVICE) - first + 1).sum().item() * HEADS * HEAD_DIM
-        size = q.nbytes
-        out, lse = g.attention_forward(q, k, v, gate, first, last, scale)
         wanted = flex(*batched, block_mask=mask, scale=0.1)
-        gradient = dout.transpose(0, 1)[None]
-        table.row(f"attention forward, W = {window}", lambda: g.attention_forward(q, k, v, gate, first, last, scale),
-                  lambda: flex(*batched, block_mask=mask, scale=0.1), 4 * pairs, 4 * size)  # fmt: skip
-        table.row(f"attention backward, W = {window}", lambda: g.attention_backward(dout, q, k, v, gate, out, lse, first, last, scale),
-                  lambda: torch.autograd.grad(wanted, batched, gradient, retain_graph=True), 10 * pairs, 8 * size)  # fmt: skip
+        table.row(f"attention forward, W = {window}", forward, lambda: flex(*batched, block_mask=mask, scale=0.1), 4 * pairs, 4 * value.nbytes)
+        table.row(f"attention backward, W = {window}", lambda: (query(), key()),
+                  lambda: torch.autograd.grad(wanted, batched, gradient, retain_graph=True), 10 * pairs, 8 * value.nbytes)  # fmt: skip
+        whole = g.attention_forward(*inputs, first, last, scale)
+        table.row(f"all of attention forward, W = {window}", lambda: g.attention_forward(*inputs, first, last, scale), None, 4 * pairs, 4 * qkv.nbytes)
+        table.row(f"all of attention backward, W = {window}", lambda: g.attention_backward(whole[0], *inputs, first, last, scale, *whole), None,
+                  10 * pairs, 4 * qkv.nbytes)  # fmt: skip
 
 
 def benchmark_head(table: Table):
@@ -130,19 +124,19 @@ def benchmark_products(table: Table):
 def attention_launches(name: str) -> list:
     """A launch of one attention kernel for each of the run's windows; each reads its tiles when it is called."""
     kernel = {"forward": g._attention_forward_kernel, "query": g._attention_query_kernel, "key": g._attention_key_kernel}[name]
-    q, k, v, dout = (random(T, HEADS, HEAD_DIM) for _ in range(4))
-    gate = random(T, HEADS)
-    q, k, scale = g.norm(q), g.norm(k), torch.tensor(0.1, device=DEVICE)
-    dq, dk, dv, dgate = *(torch.empty_like(q) for _ in range(3)), torch.empty_like(gate)
+    *inputs, scale = attention_inputs()
+    qkv, value, l0, l1, gate, cos, sin = inputs
+    dout, dqkv, dvalue, dgate = random(T, HEADS, HEAD_DIM), torch.empty_like(qkv), torch.empty_like(value), torch.empty_like(gate)
     launches = []
     for window in WINDOWS:
         first, last = document_bounds(window)
-        out, lse = g.attention_forward(q, k, v, gate, first, last, scale)
+        out, lse, q, k, v, factors = g.attention_forward(*inputs, first, last, scale)
         delta = ((out.float() * dout.float()).sum(-1) / torch.sigmoid(gate)).t().float().contiguous()
+        sums = torch.zeros(T // 16 * HEADS, 2, device=DEVICE)
         tensors = {
-            "forward": ((q, out), (k, v), gate, lse, first, scale),
-            "query": ((q, out, dout, dq), (k, v), gate, lse, delta, dgate, first, scale),
-            "key": ((q, dout), (k, v, dk, dv), lse, delta, first, last, scale),
+            "forward": ((q, out), (k, v), (), gate, lse, first, scale),
+            "query": ((q, out, dout), (k, v), (cos, sin, dqkv), factors, gate, lse, delta, dgate, first, scale),
+            "key": ((q, dout), (k, v, qkv, value, dvalue), (cos, sin, dqkv), factors, lse, delta, first, last, l0, l1, sums, scale),
         }[name]
         launches.append(functools.partial(g._attention_launch, kernel, name, *tensors))
     return launches
@@ -185,7 +179,6 @@ def main() -> int:
         print(f"for train_gpt.py: {'HOPPER' if hopper else 'SMALL'}_TILES = {best}")
         return 0
     table = Table()
-    benchmark_heads(table)
     benchmark_attention(table)
     benchmark_head(table)
     benchmark_mlp(table)

@@ -33,20 +33,21 @@ def test_attention_launches(monkeypatch):
     """Each launch is of its own window: what it writes is attention and its gradients there."""
     for name, value in {"DEVICE": "cpu", "T": 192, "HEADS": 1, "HEAD_DIM": 16, "WINDOWS": (20, 150)}.items():
         monkeypatch.setattr(benchmark, name, value)
-    gate, random = torch.randn(192, 1).bfloat16(), benchmark.random
-    monkeypatch.setattr(benchmark, "random", lambda *shape: gate if shape == gate.shape else random(*shape))
+    inputs = benchmark.attention_inputs()
+    monkeypatch.setattr(benchmark, "attention_inputs", lambda: inputs)
     for name in ("forward", "query", "key"):
         for window, launch in zip(benchmark.WINDOWS, benchmark.attention_launches(name), strict=True):
             launch()
-            queries, keys = launch.args[2:4]
+            queries, keys, halves = launch.args[2:5]
             first, last = benchmark.document_bounds(window)
-            leaves = [t.double().requires_grad_() for t in (queries[0], *keys[:2])]
-            wanted = train_gpt.attention_reference(*leaves, gate.double(), first, torch.tensor(0.1, dtype=torch.float64))
+            qkv, value, l0, l1, gate, cos, sin, scale = (t.double() for t in inputs)
+            qkv.requires_grad_()
+            wanted = train_gpt.attention_reference(*train_gpt.heads_reference(qkv, value, l0, l1, cos, sin), gate, first, scale)
             if name == "forward":
                 pairs = [(queries[1], wanted)]
             else:
-                wanted.backward(queries[2 if name == "query" else 1].double())
-                dq, dk, dv = (leaf.grad for leaf in leaves)
-                pairs = [(queries[3], dq)] if name == "query" else [(keys[2], dk), (keys[3], dv)]
+                wanted.backward(queries[-1].double())
+                parts = (0,) if name == "query" else (1, 2)
+                pairs = [(halves[2][:, part], qkv.grad[:, part]) for part in parts]
             for found, exact in pairs:
-                assert (found.double() - exact).norm() < 2e-2 * exact.norm()
+                assert (found.double() - exact).norm() < 3e-2 * exact.norm()

@@ -23,15 +23,17 @@ TYPES |= {name: "*fp32" for name in FLOATS} | {"words_ptr": "*i32"}
 CAP = {"CAP": g.TANH_CAP, "SLOPE": g.TANH_SLOPE}
 
 
-def tiles(name):
+def tiles(name, constants=None):
     BM, BN, warps, stages = g.HOPPER_TILES[name]
-    types = dict.fromkeys(("q_tiles", "out_tiles", "dout_tiles", "dq_tiles"), f"tensordesc<bf16[{BM}, 128]>")
-    types |= dict.fromkeys(("k_tiles", "v_tiles", "dk_tiles", "dv_tiles"), f"tensordesc<bf16[{BN}, 128]>")
-    return {"H": 6, "D": 128, "BM": BM, "BN": BN}, types, warps, stages
+    types = dict.fromkeys(("q_tiles", "out_tiles", "dout_tiles"), f"tensordesc<bf16[{BM}, 128]>")
+    types |= dict.fromkeys(("k_tiles", "v_tiles", "qkv_tiles", "value_tiles", "dvalue_tiles"), f"tensordesc<bf16[{BN}, 128]>")
+    types |= dict.fromkeys(("cos_tiles", "sin_tiles", "dqkv_tiles"), f"tensordesc<bf16[{BN if name == 'key' else BM}, 64]>")
+    types |= dict.fromkeys(("factor_ptr", "l0_ptr", "l1_ptr", "sums_ptr"), "*fp32")
+    return {"H": 6, "D": 128, "BM": BM, "BN": BN} | (constants or {}), types, warps, stages
 
 
 def heads(constants):
-    types = dict.fromkeys(("l0_ptr", "l1_ptr", "sums_ptr"), "*fp32")
+    types = dict.fromkeys(("l0_ptr", "l1_ptr", "factor_ptr"), "*fp32")
     return {"EPS": 2.0**-23, "H": 6, "D": 128, "HALF": 64, "BM": 16} | constants, types, 4, 3
 
 
@@ -46,10 +48,10 @@ def mlp(backward):
 KERNELS = {
     "heads": (g._heads_kernel, *heads({})),
     "heads without value": (g._heads_kernel, *heads({"value_ptr": None})),
-    "heads backward": (g._heads_backward_kernel, *heads({})),
     "forward": (g._attention_forward_kernel, *tiles("forward")),
     "query": (g._attention_query_kernel, *tiles("query")),
     "key": (g._attention_key_kernel, *tiles("key")),
+    "key without value": (g._attention_key_kernel, *tiles("key", {"value_tiles": None, "dvalue_tiles": None})),
     "mlp": (g._mlp_kernel, *mlp(False)),
     "mlp backward": (g._mlp_kernel, *mlp(True)),
     "loss": (g._loss_kernel, CAP | {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
@@ -68,7 +70,7 @@ print(json.dumps({"wgmma": compiled.asm["ptx"].count("wgmma.mma_async"), "shared
 """
 
 
-@pytest.mark.parametrize("kernel", ["heads", "heads without value", "heads backward", "forward", "query", "key", "mlp", "mlp backward", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "scatter"])
+@pytest.mark.parametrize("kernel", ["heads", "heads without value", "forward", "query", "key", "key without value", "mlp", "mlp backward", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "scatter"])
 def test_kernel_compiles_for_hopper(kernel, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -78,4 +80,4 @@ def test_kernel_compiles_for_hopper(kernel, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["size"] > 1000 and found["shared"] <= 227 * 1024
-    assert found["wgmma"] > 0 or kernel not in ("forward", "query", "key", "mlp", "mlp backward")  # else it is on a slower path
+    assert found["wgmma"] > 0 or kernel not in ("forward", "query", "key", "key without value", "mlp", "mlp backward")  # else it is on a slower path
