@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from tqdm import tqdm
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 IMPORTED = time.perf_counter()
 
@@ -356,129 +357,209 @@ def fused(function, x: Tensor, *rest):
     return (compiled(function) if x.is_cuda else function)(x, *rest)
 
 
+def on_hopper(x: Tensor) -> bool:
+    """Whether a tensor is on an H100, an H200 or their like."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without a weight (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: Tensor) -> Tensor:
-    """Attention in which query i sees the keys first[i] to i; arguments as in `attention`."""
-    at = torch.arange(q.size(0), device=q.device)
-    visible = (first[:, None] <= at) & (at <= at[:, None])
-    q, k, v = (t.transpose(0, 1)[None] for t in (q * scale, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)[0].transpose(0, 1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x (T, heads, head_dim), the halves of a head being the pairs' two parts."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos[: len(x), None], sin[: len(x), None]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+def heads_reference(qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of attention: q and k normed and turned, v mixed; arguments as in `attention`."""
+    q, k, v = qkv.unbind(1)
+    v = l0 * v if value is None else l0 * v + l1 * value.view_as(v)
+    return rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v
 
 
 @triton.jit
-def _scores(q, k, scale, first, rows, columns, masked):
-    """Scaled scores in base 2; in a tile that is masked, minus infinity unless first[row] <= column <= row."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if masked:
-        scores = tl.where((first[:, None] <= columns[None, :]) & (columns[None, :] <= rows[:, None]), scores, -float("inf"))
+def _heads_kernel(
+    qkv_ptr, value_ptr, l0_ptr, l1_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, factor_ptr, T,
+    EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """q, k and v, and the factors by which the norm scaled q and k."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    half = tl.arange(0, HALF)
+    inside = (rows < T)[:, None]
+    at = (rows[:, None] * H + tl.program_id(1)) * D + half[None, :]
+    source = (rows[:, None] * 3 * H + tl.program_id(1)) * D + half[None, :]
+    cos = tl.load(cos_ptr + rows[:, None] * HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + rows[:, None] * HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(2):
+        out_ptr = k_ptr if part else q_ptr
+        low = tl.load(qkv_ptr + source + part * H * D, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(qkv_ptr + source + part * H * D + HALF, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(low * low + high * high, 1) / D + EPS)
+        tl.store(factor_ptr + (part * H + tl.program_id(1)) * T + rows, factor, mask=rows < T)
+        tl.store(out_ptr + at, ((low * cos + high * sin) * factor[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + at + HALF, ((high * cos - low * sin) * factor[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    for part in tl.static_range(2):
+        v = tl.load(l0_ptr) * tl.load(qkv_ptr + source + 2 * H * D + part * HALF, mask=inside, other=0.0).to(tl.float32)
+        if value_ptr is not None:
+            v += tl.load(l1_ptr) * tl.load(value_ptr + at + part * HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(v_ptr + at + part * HALF, v.to(v_ptr.dtype.element_ty), mask=inside)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, scale: Tensor) -> Tensor:
+    """Gated attention of q, k and v (T, heads, head_dim), in which query i sees the keys first[i] to i; arguments as in `attention`."""
+    at = torch.arange(q.size(0), device=q.device)
+    visible = (first[:, None] <= at) & (at <= at[:, None])
+    q, k, v = (t.transpose(0, 1)[None] for t in (q * scale, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)[0].transpose(0, 1)
+    return out * torch.sigmoid(gate)[:, :, None]
+
+
+@triton.jit
+def _mask(scores, low, key, high, needed):
+    """Scores, but in a tile where a mask is needed, minus infinity unless low <= key <= high.
+
+    All three count from the tile's start: from the sequence's, compilers make 64-bit numbers of them, which takes thrice as long.
+    """
+    if needed:
+        scores = tl.where((low <= key) & (key <= high), scores, -float("inf"))
     return scores
 
 
 @triton.jit
 def _attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_ptr, scale_ptr, T, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    q_tiles, out_tiles, k_tiles, v_tiles, gate_ptr, lse_ptr, first_ptr, scale_ptr, T,
+    H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """A gate g only scales a row's probabilities, so what the backward pass reads is the log-sum-exp less log2(g)."""
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
-    d = tl.arange(0, D)
     inside = rows < T
-    at = (rows[:, None] * H + head) * D + d[None, :]
     scale = tl.load(scale_ptr) * 1.4426950408889634  # log2(e), for exp2
     first = tl.load(first_ptr + rows, mask=inside, other=T)
-    q = tl.load(q_ptr + at, mask=inside[:, None], other=0.0)
+    q = q_tiles.load([start, head * D])
     top = tl.full([BM], -1e30, tl.float32)  # finite: a row may see nothing in its tile's first keys
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, D], tl.float32)
     full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)  # from this key on, all rows see a key before them
+    key = tl.arange(0, BN)[None, :]
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
-        columns = n + tl.arange(0, BN)
-        at_keys = (columns[:, None] * H + head) * D + d[None, :]
-        k = tl.load(k_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
-        v = tl.load(v_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
-        scores = _scores(q, k, scale, first, rows, columns, (n < full) | (n + BN > start))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - new_top[:, None])
+        k = k_tiles.load([n, head * D])
+        v = v_tiles.load([n, head * D])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = _mask(scores, (first - n)[:, None], key, (rows - n)[:, None], (n < full) | (n + BN > start))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         top = new_top
-    tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    gate = tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32)
+    total *= 1.0 + tl.exp(-gate)  # over the gate, a sigmoid
+    out_tiles.store([start, head * D], (out / total[:, None]).to(out_tiles.dtype))
     tl.store(lse_ptr + head * T + rows, top + tl.log2(total), mask=inside)
 
 
 @triton.jit
+def _store_before_norm(tiles, row, column, dx, x, factor, cos, sin, ROWS: tl.constexpr, D: tl.constexpr):
+    """Store the gradient of rows, given that of x, the same normed by a factor and turned."""
+    along = tl.sum(dx * x, 1) / D  # a norm's gradient has no part along its input
+    dx = (dx - x * along[:, None]) * factor[:, None]
+    low, high = dx.reshape(ROWS, 2, D // 2).permute(0, 2, 1).split()
+    tiles.store([row, column], (low * cos - high * sin).to(tiles.dtype))
+    tiles.store([row, column + D // 2], (low * sin + high * cos).to(tiles.dtype))
+
+
+@triton.jit
 def _attention_query_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, first_ptr, scale_ptr, T,
+    q_tiles, out_tiles, dout_tiles, k_tiles, v_tiles, cos_tiles, sin_tiles, dqkv_tiles,
+    factor_ptr, gate_ptr, lse_ptr, delta_ptr, dgate_ptr, first_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of q, and delta = sum(out * dout), which the gradients of k and v need."""
+    """The gradients of q before its norm and of gate, and delta = sum(out * dout) over the gate, which the gradients of k and v need."""
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
-    d = tl.arange(0, D)
     inside = rows < T
-    at = (rows[:, None] * H + head) * D + d[None, :]
     scale = tl.load(scale_ptr)
     first = tl.load(first_ptr + rows, mask=inside, other=T)
     lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=float("inf"))
-    q = tl.load(q_ptr + at, mask=inside[:, None], other=0.0)
-    dout = tl.load(dout_ptr + at, mask=inside[:, None], other=0.0)
-    out = tl.load(out_ptr + at, mask=inside[:, None], other=0.0)
+    q = q_tiles.load([start, head * D])
+    dout = dout_tiles.load([start, head * D])
+    out = out_tiles.load([start, head * D])
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    gate = tl.sigmoid(tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32))
+    tl.store(dgate_ptr + rows * H + head, (delta * (1.0 - gate)).to(dgate_ptr.dtype.element_ty), mask=inside)
+    delta = delta / tl.maximum(gate, 1e-30)  # where the gate is less, out is zero
     tl.store(delta_ptr + head * T + rows, delta, mask=inside)
     dq = tl.zeros([BM, D], tl.float32)
+    full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)
+    key = tl.arange(0, BN)[None, :]
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
-        columns = n + tl.arange(0, BN)
-        at_keys = (columns[:, None] * H + head) * D + d[None, :]
-        k = tl.load(k_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
-        v = tl.load(v_ptr + at_keys, mask=columns[:, None] < T, other=0.0)
-        p = tl.exp2(_scores(q, k, scale * 1.4426950408889634, first, rows, columns, True) - lse[:, None])
+        k = k_tiles.load([n, head * D])
+        v = v_tiles.load([n, head * D])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = _mask(scores, (first - n)[:, None], key, (rows - n)[:, None], (n < full) | (n + BN > start))
+        p = tl.exp2(scores * (scale * 1.4426950408889634) - lse[:, None])
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    tl.store(dq_ptr + at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+    cos, sin = cos_tiles.load([start, 0]).to(tl.float32), sin_tiles.load([start, 0]).to(tl.float32)
+    factor = tl.load(factor_ptr + head * T + rows, mask=inside, other=0.0)
+    _store_before_norm(dqkv_tiles, start, head * D, dq * scale, q.to(tl.float32), factor, cos, sin, BM, D)
 
 
 @triton.jit
 def _attention_key_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, first_ptr, last_ptr, scale_ptr, T,
+    q_tiles, dout_tiles, k_tiles, v_tiles, qkv_tiles, value_tiles, dvalue_tiles, cos_tiles, sin_tiles, dqkv_tiles,
+    factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, l0_ptr, l1_ptr, sums_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of k and v: a tile of keys meets every query that sees one of them."""
+    """The gradients of k before its norm, of v before it is mixed, and of value; and, a row a program, terms of those of l0 and l1.
+
+    A tile of keys meets every query that sees one of them.
+    """
     head = tl.program_id(1)
     start = tl.program_id(0) * BN
-    columns = start + tl.arange(0, BN)
-    d = tl.arange(0, D)
-    at = (columns[:, None] * H + head) * D + d[None, :]
     scale = tl.load(scale_ptr)
-    k = tl.load(k_ptr + at, mask=columns[:, None] < T, other=0.0)
-    v = tl.load(v_ptr + at, mask=columns[:, None] < T, other=0.0)
+    k = k_tiles.load([start, head * D])
+    v = v_tiles.load([start, head * D])
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     end = tl.load(last_ptr + tl.minimum(start + BN, T) - 1) + 1
+    full = tl.load(last_ptr + start) + 1  # up to this query, all see every key of the tile that is before them
+    key = tl.arange(0, BN)[:, None]
     for m in range(start // BM * BM, end, BM):
         rows = m + tl.arange(0, BM)
         inside = rows < T
-        at_rows = (rows[:, None] * H + head) * D + d[None, :]
-        q = tl.load(q_ptr + at_rows, mask=inside[:, None], other=0.0)
-        dout = tl.load(dout_ptr + at_rows, mask=inside[:, None], other=0.0)
-        lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=float("inf"))
+        q = q_tiles.load([m, head * D])
+        dout = dout_tiles.load([m, head * D])
+        lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=0.0)
         delta = tl.load(delta_ptr + head * T + rows, mask=inside, other=0.0)
-        first = tl.load(first_ptr + rows, mask=inside, other=T)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
-        visible = (first[None, :] <= columns[:, None]) & (columns[:, None] <= rows[None, :])
-        p = tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
+        first = tl.load(first_ptr + rows, mask=inside, other=0)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        scores = _mask(scores, (first - start)[None, :], key, (rows - start)[None, :], (m + BM > full) | (m < start + BN))
+        p = tl.exp2(scores * (scale * 1.4426950408889634) - lse[None, :])
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=columns[:, None] < T)
-    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=columns[:, None] < T)
+    cos, sin = cos_tiles.load([start, 0]).to(tl.float32), sin_tiles.load([start, 0]).to(tl.float32)
+    keys = start + tl.arange(0, BN)
+    factor = tl.load(factor_ptr + (H + head) * T + keys, mask=keys < T, other=0.0)
+    _store_before_norm(dqkv_tiles, start, (H + head) * D, dk * scale, k.to(tl.float32), factor, cos, sin, BN, D)
+    low, high = (dv * tl.load(l0_ptr)).reshape(BN, 2, D // 2).permute(0, 2, 1).split()
+    dqkv_tiles.store([start, (2 * H + head) * D], low.to(dqkv_tiles.dtype))
+    dqkv_tiles.store([start, (2 * H + head) * D + D // 2], high.to(dqkv_tiles.dtype))
+    sums_ptr += 2 * (tl.program_id(0) * H + head)
+    tl.store(sums_ptr, tl.sum(dv * qkv_tiles.load([start, (2 * H + head) * D]).to(tl.float32)))
+    if value_tiles is not None:
+        dvalue_tiles.store([start, head * D], (dv * tl.load(l1_ptr)).to(dvalue_tiles.dtype))
+        tl.store(sums_ptr + 1, tl.sum(dv * value_tiles.load([start, head * D]).to(tl.float32)))
 
 
 # Tile sizes by kernel: (queries, keys, warps, stages). Fixed, so that no start pays for tuning; found on an H200.
@@ -486,67 +567,178 @@ HOPPER_TILES = {"forward": (64, 64, 4, 3), "query": (64, 64, 4, 2), "key": (64, 
 SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)}  # for chips with less shared memory
 
 
-def _attention_launch(kernel, name: str, *tensors: Tensor):
-    """Run one attention kernel over (tiles of queries or keys) x heads; the first tensor is q, (T, heads, head_dim)."""
-    T, H, D = tensors[0].shape
-    hopper = tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] == 9
-    BM, BN, warps, stages = (HOPPER_TILES if hopper else SMALL_TILES)[name]
-    grid = (triton.cdiv(T, BN if name == "key" else BM), H)
-    kernel[grid](*tensors, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+def _attention_launch(kernel, name: str, queries: tuple, keys: tuple, halves: tuple, *rest: Tensor | None):
+    """Run one attention kernel over (tiles of queries or keys) x heads.
+
+    queries, keys: what it reads and writes by tiles of queries or of keys, (T, ...), first q (T, heads, head_dim), through tensor
+    descriptors; halves: likewise, by tiles half as wide, of its own kind.
+    """
+    T, H, D = queries[0].shape
+    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(queries[0]) else SMALL_TILES)[name]
+    rows = BN if name == "key" else BM
+    groups = ((queries, [BM, D]), (keys, [BN, D]), (halves, [rows, D // 2]))
+    tiles = [t if t is None else TensorDescriptor.from_tensor(t.view(len(t), -1), shape) for tensors, shape in groups for t in tensors]
+    kernel[triton.cdiv(T, rows), H](*tiles, *rest, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
 
 @torch.library.custom_op("speedrun::attention", mutates_args=())
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The Triton twin of `attention`: the output, and the base-2 log-sum-exp of each row's scores, float32 (heads, T)."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, lse = torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
-    _attention_launch(_attention_forward_kernel, "forward", q, k, v, out, lse, first, scale)
-    return out, lse
+def attention_forward(
+    qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, first: Tensor, last: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The Triton twin of `attention`: the output; then, for the backward pass,
+
+    the base-2 log-sum-exp of each row's scores over its gate, float32 (heads, T), q, k and v as attention reads them, and the
+    factors of the norm of q and k, float32 (2, heads, T).
+    """
+    T, _, H, D = qkv.shape
+    qkv, gate, value = qkv.contiguous(), gate.contiguous(), value if value is None else value.contiguous()
+    out, q, k, v = (qkv.new_empty(T, H, D) for _ in range(4))
+    lse, factors = (qkv.new_empty(*shape, dtype=torch.float32) for shape in ((H, T), (2, H, T)))
+    _heads_kernel[triton.cdiv(T, 16), H](
+        qkv, value, l0, l1, cos, sin, q, k, v, factors, T, EPS=torch.finfo(torch.float32).eps, H=H, D=D, HALF=D // 2, BM=16, num_warps=4
+    )
+    _attention_launch(_attention_forward_kernel, "forward", (q, out), (k, v), (), gate, lse, first, scale)
+    return out, lse, q, k, v, factors
 
 
 @torch.library.custom_op("speedrun::attention_backward", mutates_args=())
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor, last: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    dout, q, k, v = dout.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
-    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), torch.empty_like(lse)
-    _attention_launch(_attention_query_kernel, "query", q, k, v, out, dout, lse, delta, dq, first, scale)
-    _attention_launch(_attention_key_kernel, "key", q, k, v, dout, lse, delta, dk, dv, first, last, scale)
-    return dq, dk, dv
+    dout: Tensor, qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, first: Tensor,
+    last: Tensor, scale: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, factors: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv, of value (empty if there is none), of l0 and l1 as one tensor (2,), and of gate."""
+    dout, qkv, gate, value = dout.contiguous(), qkv.contiguous(), gate.contiguous(), value if value is None else value.contiguous()
+    keys = triton.cdiv(len(q), (HOPPER_TILES if on_hopper(q) else SMALL_TILES)["key"][1])
+    dqkv, dgate, delta, sums = torch.empty_like(qkv), torch.empty_like(gate), torch.empty_like(lse), lse.new_zeros(keys * q.size(1), 2)
+    dvalue = None if value is None else torch.empty_like(value)
+    _attention_launch(_attention_query_kernel, "query", (q, out, dout), (k, v), (cos, sin, dqkv), factors, gate, lse, delta, dgate, first, scale)
+    _attention_launch(_attention_key_kernel, "key", (q, dout), (k, v, qkv, value, dvalue), (cos, sin, dqkv),
+                      factors, lse, delta, first, last, l0, l1, sums, scale)  # fmt: skip
+    return dqkv, qkv.new_empty(0) if value is None else dvalue, sums.sum(0), dgate
 
 
 @attention_forward.register_fake
-def _(q, k, v, first, last, scale):
-    return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+def _(qkv, value, l0, l1, gate, cos, sin, first, last, scale):
+    T, _, H, D = qkv.shape
+    out, q, k, v = (qkv.new_empty(T, H, D) for _ in range(4))
+    return out, qkv.new_empty(H, T, dtype=torch.float32), q, k, v, qkv.new_empty(2, H, T, dtype=torch.float32)
 
 
 @attention_backward.register_fake
-def _(dout, q, k, v, out, lse, first, last, scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+def _(dout, qkv, value, l0, l1, gate, *_):
+    dvalue = qkv.new_empty(0) if value is None else value.new_empty(value.shape)
+    return qkv.new_empty(qkv.shape), dvalue, qkv.new_empty(2, dtype=torch.float32), gate.new_empty(gate.shape)
 
 
-def _save_attention(ctx, inputs, output):
-    q, k, v, first, last, scale = inputs
-    ctx.save_for_backward(q, k, v, *output, first, last, scale)
+def _attention_gradients(ctx, dout, *_):
+    dqkv, dvalue, (d0, d1), dgate = attention_backward(dout, *ctx.saved_tensors)
+    return dqkv, dvalue if ctx.needs_input_grad[1] else None, d0, d1, dgate, None, None, None, None, None
 
 
 attention_forward.register_autograd(
-    lambda ctx, dout, _: (*attention_backward(dout, *ctx.saved_tensors), None, None, None), setup_context=_save_attention
+    _attention_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output)
 )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: Tensor) -> Tensor:
-    """Attention over packed documents, in the manner of FlashAttention (arXiv 2205.14135).
+def attention(
+    qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, first: Tensor, last: Tensor, scale: Tensor
+) -> Tensor:
+    """Attention over packed documents, in the manner of FlashAttention (arXiv 2205.14135), each row of a head times a gate.
 
-    q, k, v: (T, heads, head_dim). first, last: int32 (T); query i sees the keys first[i] to i, and key j is seen by the
-    queries j to last[j]; neither may decrease, so that a tile's bounds are those of its ends, and windows and documents
-    of any length cost no new compilation. scale: float32 scalar tensor. Returns (T, heads, head_dim).
+    qkv: (T, 3, heads, head_dim), of which q and k are normed and turned by rotary tables cos and sin (at least T, head_dim / 2),
+    and v becomes l0 v, plus l1 times value, (T, width), if there is one; l0, l1: float32 scalar tensors. gate: (T, heads), of
+    which the sigmoid is the factor. first, last: int32 (T); query i sees the keys first[i] to i, and key j is seen by the
+    queries j to last[j]; neither may decrease, so that a tile's bounds are those of its ends, and windows and documents of
+    any length cost no new compilation. scale: float32 scalar tensor. Returns (T, heads, head_dim).
     """
-    return attention_forward(q, k, v, first, last, scale)[0] if q.is_cuda else attention_reference(q, k, v, first, scale)
+    if qkv.is_cuda:
+        return attention_forward(qkv, value, l0, l1, gate, cos, sin, first, last, scale)[0]
+    return attention_reference(*heads_reference(qkv, value, l0, l1, cos, sin), gate, first, scale)
 
 
-SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5)
+def mlp_reference(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """relu(x w_in)^2 w_out^T (arXiv 2109.08668); arguments as in `mlp`."""
+    return F.linear(torch.relu(x @ w_in).square(), w_out)
+
+
+@triton.jit
+def _relu_squared(x, hidden, row, column, BACKWARD: tl.constexpr):
+    if BACKWARD:
+        return x * (2.0 * tl.sqrt(hidden.load([row, column]).to(tl.float32)))
+    x = tl.maximum(x, 0.0)
+    return x * x
+
+
+@triton.jit
+def _mlp_kernel(a, b, out, hidden, T, N, K, PROGRAMS, BACKWARD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """out (T, N) = relu(a b)^2 for a (T, K) and b (K, N); backward a b times the slope of that, twice the root of hidden (T, N)."""
+    across = tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):  # the next tile loads while this one is stored
+        row, column = tile // across * BM, tile % across * BN
+        x = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, K, BK):
+            x = tl.dot(a.load([row, k]), b.load([k, column]), x, input_precision="ieee")
+        # Two halves, one after the other, take half of the shared memory.
+        left, right = x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        out.store([row, column], _relu_squared(left, hidden, row, column, BACKWARD).to(out.dtype))
+        out.store([row, column + BN // 2], _relu_squared(right, hidden, row, column + BN // 2, BACKWARD).to(out.dtype))
+
+
+MLP_TILE = (128, 256, 64, 8, 3)  # rows, columns, depth, warps, stages: what fits an H100's shared memory and registers
+
+
+def _mlp_launch(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
+    """The result of `_mlp_kernel`: backward where hidden is given."""
+    (T, K), N = a.shape, b.size(1)
+    BM, BN, BK, warps, stages = MLP_TILE
+    out = a.new_empty(T, N)
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
+    tiles = [TensorDescriptor.from_tensor(t, [BM, BN // 2]) if t is not None else None for t in (out, hidden)]
+    _mlp_kernel[(programs,)](
+        TensorDescriptor.from_tensor(a.contiguous(), [BM, BK]), TensorDescriptor.from_tensor(b.contiguous(), [BK, BN]), *tiles, T, N, K,
+        programs, BACKWARD=hidden is not None, BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("speedrun::mlp", mutates_args=())
+def mlp_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    """The Triton twin of `mlp_reference`: its result, and the hidden units behind ReLU^2 (T, hidden)."""
+    hidden = _mlp_launch(x, w_in, None)
+    return F.linear(hidden, w_out), hidden
+
+
+@torch.library.custom_op("speedrun::mlp_backward", mutates_args=())
+def mlp_backward(dout: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, w_in and w_out."""
+    dhidden = _mlp_launch(dout, w_out, hidden)
+    return dhidden @ w_in.t(), x.t() @ dhidden, dout.t() @ hidden
+
+
+@mlp_forward.register_fake
+def _(x, w_in, w_out):
+    return x.new_empty(x.shape), x.new_empty(x.size(0), w_in.size(1))
+
+
+@mlp_backward.register_fake
+def _(dout, x, w_in, w_out, hidden):
+    return x.new_empty(x.shape), w_in.new_empty(w_in.shape), w_out.new_empty(w_out.shape)
+
+
+def _save_mlp(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+
+
+mlp_forward.register_autograd(lambda ctx, dout, _: mlp_backward(dout, *ctx.saved_tensors), setup_context=_save_mlp)
+
+
+def mlp(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """relu(x w_in)^2 w_out^T (arXiv 2109.08668): x (T, width), both weights (width, hidden). On Hopper ReLU^2, either way, is in the product."""
+    return mlp_forward(x, w_in, w_out)[0] if on_hopper(x) else mlp_reference(x, w_in, w_out)
+
+
+SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5) = 15 * (1 + tanh(z / 15))
+TANH_CAP, TANH_SLOPE = SOFTCAP / 2 / math.log(2), 0.5 / SOFTCAP_SLOPE  # the same in base 2: TANH_CAP * (1 + tanh(TANH_SLOPE * z))
 GRAD_SCALE = 1 / 448  # of the FP8 gradient of z, whose values lie within -1 and 1
 
 
@@ -561,78 +753,103 @@ def loss_reference(z: Tensor, targets: Tensor) -> Tensor:
 
 
 @triton.jit
-def _loss_kernel(z_ptr, target_ptr, loss_ptr, lse_ptr, V, CAP: tl.constexpr, SLOPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Loss and log-sum-exp of one row; the softcap bounds the logits, so the largest possible stands in for the largest."""
+def _tanh(x, EXACT: tl.constexpr):
+    """tanh of float32 x; unless exact, to 2^-11 in one instruction, where three bound the loss kernels."""
+    if EXACT:
+        return 2 * tl.sigmoid(2 * x) - 1
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _loss_kernel(
+    z_ptr, target_ptr, loss_ptr, lse_ptr, V, CAP: tl.constexpr, SLOPE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Loss and base-2 log-sum-exp of one row. In base 2 logits are CAP (1 + tanh(SLOPE z)), so 2 CAP stands in for the largest."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + row * V + at, mask=at < V, other=-float("inf")).to(tl.float32)
-        total += tl.where(at < V, tl.exp(CAP * tl.sigmoid(z / SLOPE) - CAP), 0.0)
-    lse = tl.log(tl.sum(total, 0)) + CAP
+        z = tl.load(z_ptr + row * V + at, mask=at < V, other=0.0).to(tl.float32)
+        total += tl.where(at < V, tl.exp2(CAP * _tanh(SLOPE * z, EXACT) - CAP), 0.0)
+    lse = tl.log2(tl.sum(total, 0)) + 2 * CAP
     z = tl.load(z_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32)
-    tl.store(loss_ptr + row, lse - CAP * tl.sigmoid(z / SLOPE))
+    tl.store(loss_ptr + row, (lse - CAP - CAP * _tanh(SLOPE * z, EXACT)) * 0.6931471805599453)  # ln(2)
     tl.store(lse_ptr + row, lse)
 
 
 @triton.jit
-def _e5m2_bits(x):
-    """The bits of x in e5m2, as uint32: float16's upper half, rounded to nearest even.
+def _e5m2_pair(low, high):
+    """The bits of two numbers in e5m2, as the upper bytes of a uint32's halves: float16's upper halves, rounded to nearest even.
 
     By hand, since ptxas of Triton 3.6 and 3.7.1 miscompiles, or never ends on, bytes taken from converted FP8.
     """
-    half = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    return (half + 127 + ((half >> 8) & 1)) >> 8
+    low = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    high = high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    pair = low | (high << 16)
+    return pair + 0x7F007F + ((pair >> 8) & 0x10001)
+
+
+@triton.jit
+def _loss_gradient(
+    z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN: tl.constexpr, CAP: tl.constexpr, SLOPE: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    """The gradient of z at rows x columns, float32, where GAIN stands for the softcap's slope at 0; and what of it is inside."""
+    inside = (rows[:, None] < T) & (columns[None, :] < V)
+    z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    base = CAP - tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
+    target = tl.load(target_ptr + rows, mask=rows < T, other=0)
+    dloss = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0) * GAIN
+    tanh = _tanh(SLOPE * z, EXACT)
+    p = tl.exp2(CAP * tanh + base[:, None])
+    p = tl.where(columns.to(tl.int32)[None, :] == target[:, None], p - 1.0, p)
+    return p * (1.0 - tanh * tanh) * dloss[:, None], inside
 
 
 @triton.jit
 def _loss_backward_kernel(
-    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, words_ptr, T, V, QUADS, INV_SCALE: tl.constexpr,
+    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, words_ptr, T, V, QUADS, GAIN: tl.constexpr,
     CAP: tl.constexpr, SLOPE: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of z times INV_SCALE, for 4 BM rows, in dz's dtype; or in the bits of e5m2, and its transpose in words of four rows."""
+    """Gradient of z for 4 BM rows, in dz's dtype; or in the bits of e5m2, and its transpose in words of four rows."""
     quads = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     words = tl.zeros([BM, BN], tl.uint32)
-    for part in tl.static_range(4):
-        rows = 4 * quads + part
-        inside = (rows[:, None] < T) & (columns[None, :] < V)
-        z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
-        target = tl.load(target_ptr + rows, mask=rows < T, other=0)
-        slope = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0) * (INV_SCALE * CAP / SLOPE)
-        s = tl.sigmoid(z / SLOPE)
-        p = tl.exp(CAP * s - lse[:, None])
-        dz = (p - tl.where(columns[None, :] == target[:, None], 1.0, 0.0)) * (s * (1.0 - s)) * slope[:, None]
+    for half in tl.static_range(2):
+        rows = 4 * quads + 2 * half
+        at = rows[:, None] * V + columns[None, :]
+        low, low_inside = _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, CAP, SLOPE, not FP8)
+        high, high_inside = _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows + 1, columns, T, V, GAIN, CAP, SLOPE, not FP8)
         if FP8:
-            dz = _e5m2_bits(dz)
-            words |= dz << (8 * part)
-        tl.store(dz_ptr + rows[:, None] * V + columns[None, :], dz.to(dz_ptr.dtype.element_ty), mask=inside)
+            pair = _e5m2_pair(low, high)
+            low, high = (pair >> 8) & 0xFF, pair >> 24
+            words |= (low | (high << 8)) << (16 * half)
+        tl.store(dz_ptr + at, low.to(dz_ptr.dtype.element_ty), mask=low_inside)
+        tl.store(dz_ptr + at + V, high.to(dz_ptr.dtype.element_ty), mask=high_inside)
     if FP8:
         at = columns[:, None] * QUADS + quads[None, :]
         tl.store(words_ptr + at, tl.trans(words), mask=(columns[:, None] < V) & (quads[None, :] < QUADS))
 
 
-def loss_forward(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The Triton twin of `loss_reference`: loss and log-sum-exp of each row, float32 (T,)."""
+def loss_forward(z: Tensor, targets: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """The Triton twin of `loss_reference`: loss and base-2 log-sum-exp of each row, float32 (T,); unless exact, tanh is to 2^-11."""
     T, V = z.shape
     loss, lse = z.new_empty(T, dtype=torch.float32), z.new_empty(T, dtype=torch.float32)
-    _loss_kernel[(T,)](z, targets, loss, lse, V, CAP=SOFTCAP, SLOPE=SOFTCAP_SLOPE, BLOCK=2048, num_warps=4)
+    _loss_kernel[(T,)](z, targets, loss, lse, V, CAP=TANH_CAP, SLOPE=TANH_SLOPE, EXACT=exact, BLOCK=2048, num_warps=4)
     return loss, lse
 
 
 def loss_backward(z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: bool) -> tuple[Tensor, Tensor | None]:
     """Gradient of z (T, classes), given that of each row's loss, in z's dtype; or in e5m2, divided by GRAD_SCALE, and its transpose.
 
-    For e5m2, T must be a multiple of 4.
+    lse is that of `loss_forward`, exact but for e5m2. For e5m2, T must be a multiple of 4.
     """
     T, V = z.shape
     dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
     dzt = dz.new_empty(V, T) if fp8 else None
     out, words = (dz.view(torch.uint8), dzt.view(torch.int32)) if fp8 else (dz, None)
     _loss_backward_kernel[triton.cdiv(V, 128), triton.cdiv(T, 64)](
-        z, targets, lse, dloss, out, words, T, V, T // 4, INV_SCALE=1 / GRAD_SCALE if fp8 else 1.0, CAP=SOFTCAP,
-        SLOPE=SOFTCAP_SLOPE, FP8=fp8, BM=16, BN=128, num_warps=4,
+        z, targets, lse, dloss, out, words, T, V, T // 4, GAIN=SOFTCAP / 2 * TANH_SLOPE * (1 / GRAD_SCALE if fp8 else 1),
+        CAP=TANH_CAP, SLOPE=TANH_SLOPE, FP8=fp8, BM=16, BN=128, num_warps=4,
     )  # fmt: skip
     return dz, dzt
 
@@ -643,7 +860,7 @@ def to_e4m3(x: Tensor, factor: float) -> Tensor:
 
 
 def transposed(x: Tensor) -> Tensor:
-    """The transpose of x (rows, columns), contiguous. FP8 goes as bytes, and apart from to_e4m3: see _e5m2_bits."""
+    """The transpose of x (rows, columns), contiguous. FP8 goes as bytes, and apart from to_e4m3: see _e5m2_pair."""
     return x.t().contiguous()
 
 
@@ -662,7 +879,7 @@ class _HeadLoss(torch.autograd.Function):
         else:
             z = x @ weight.t()
             operands = (x, weight)
-        loss, lse = loss_forward(z, targets)
+        loss, lse = loss_forward(z, targets, exact=not fp8)
         ctx.fp8, ctx.z = fp8, z  # not a saved tensor: the largest of all, it goes before the products of the backward pass
         ctx.save_for_backward(targets, lse, *operands)
         return loss
@@ -685,7 +902,8 @@ class _HeadLoss(torch.autograd.Function):
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, fp8: bool) -> Tensor:
     """Loss of each token, float32 (T,), for normed activations x (T, width), head weight (classes, width), targets int32 (T,).
 
-    On a GPU the gradient of the weight comes out in float32; with fp8 the products are e4m3 x e4m3 forward, e5m2 x e4m3 back.
+    On a GPU the gradient of the weight comes out in float32; with fp8 the products are e4m3 x e4m3 forward, e5m2 x e4m3 back,
+    and the softcap is approximate.
     """
     return _HeadLoss.apply(x, weight, targets, fp8) if x.is_cuda else loss_reference(x @ weight.t(), targets)
 
@@ -778,13 +996,6 @@ class Rotary(nn.Module):
         self.fill()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x (T, heads, head_dim), the halves of a head being the pairs' two parts."""
-    x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos[: len(x), None], sin[: len(x), None]
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
-
-
 def embed(e: Tensor, gate: Tensor, s: Tensor) -> Tensor:
     """Smear each raw embedding (T, width) forward by one token, by its own gate (1, 12) and the scalar s; then norm."""
     mixed = s * torch.sigmoid(F.linear(e[1:, :GATE_CHANNELS], gate)) * e[:-1]
@@ -799,17 +1010,10 @@ def attention_path(x: Tensor, weight: Tensor, gate: Tensor, l0: Tensor, l1: Tens
     """
     T, width = x.shape
     qkvo = weight.view(4, width, width)
-    q, k, v = F.linear(x, qkvo[:3].reshape(3 * width, width)).view(T, 3, len(gate), -1).unbind(1)
+    qkv = F.linear(x, qkvo[:3].reshape(3 * width, width)).view(T, 3, len(gate), -1)
     cos, sin, scale = rotary
-    v = l0 * v if value is None else l0 * v + l1 * value.view_as(v)
-    y = attention(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v, *visible, scale)
-    y = y * torch.sigmoid(F.linear(x[:, :GATE_CHANNELS], gate))[:, :, None]
+    y = attention(qkv, value, l0, l1, F.linear(x[:, :GATE_CHANNELS], gate), cos, sin, *visible, scale)
     return F.linear(y.reshape(T, width), qkvo[3])
-
-
-def mlp_path(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """relu(x w_in)^2 w_out^T (arXiv 2109.08668) for normed x (T, width); both weights (width, 4 width)."""
-    return F.linear(torch.relu(x @ w_in).square(), w_out)
 
 
 def block(x: Tensor, x0: Tensor, skips, lambdas: Tensor, attention_paths, mlp_paths, value: Tensor | None, rotary, visible) -> Tensor:
@@ -829,7 +1033,7 @@ def block(x: Tensor, x0: Tensor, skips, lambdas: Tensor, attention_paths, mlp_pa
     if mlp_paths:
         normed = norm(x)
         for w_in, w_out in mlp_paths:
-            x = x + mlp_path(normed, w_in, w_out)
+            x = x + mlp(normed, w_in, w_out)
     return x
 
 
@@ -1049,16 +1253,22 @@ def polar_express(u: Tensor) -> Tensor:
     return (x.mT if tall else x).view_as(u)
 
 
-def normuon_update(
-    w: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, lr_mul: Tensor, decay: float, momentum: float, beta2: float, dtype: torch.dtype
-):
-    """Update matrices w (..., rows, cols), momentum m (alike) and second moment v (..., 1, cols) in place, by gradient g.
+def nesterov(g: Tensor, m: Tensor, momentum: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    """Nesterov's direction, in dtype, by the mean of gradients of which g is the sum over parts; updates the momentum m in place.
 
-    Nesterov momentum, the polar factor in dtype, a second moment per column (NorMuon, arXiv 2510.05491) that keeps the
-    Frobenius norm, and cautious weight decay (arXiv 2510.12402). lr_mul: (..., 1, 1), not applied to the decay.
+    g, m: of one shape. momentum: float32 scalar tensor.
     """
+    g = g.to(m.dtype) / parts
     m.lerp_(g, 1 - momentum)
-    u = polar_express(g.lerp(m, momentum).to(dtype))
+    return g.lerp(m, momentum).to(dtype)
+
+
+def normuon_update(w: Tensor, u: Tensor, v: Tensor, lr: Tensor, lr_mul: Tensor, decay: float, beta2: float):
+    """Update matrices w (..., rows, cols) and second moment v (..., 1, cols) in place, by their orthogonal directions u.
+
+    A second moment per column (NorMuon, arXiv 2510.05491) that keeps the Frobenius norm, and cautious weight decay
+    (arXiv 2510.12402). lr: float32 scalar tensor. lr_mul: (..., 1, 1), not applied to the decay.
+    """
     mean = u.float().square().mean(-2, keepdim=True)
     v.lerp_(mean.to(v.dtype), 1 - beta2)
     floored = v.float().clamp(min=1e-10)
@@ -1066,7 +1276,7 @@ def normuon_update(
     before = (rows * mean.sum(-1, keepdim=True)).sqrt()
     after = (rows * (mean / floored).sum(-1, keepdim=True)).sqrt()
     u = u * (floored.rsqrt() * (before / after.clamp(min=1e-10)))
-    u += (lr * decay) * w * (u * w >= 0)
+    u = u + (lr * decay) * w * (u * w >= 0)
     w -= (lr * max(1, rows / w.size(-1)) ** 0.5) * lr_mul * u
 
 
@@ -1101,11 +1311,12 @@ class NorMuon:
     def step(self, lr: float, momentum: float):
         """Update all matrices with the mean of the gradients summed over the step's micro-batches."""
         s = self.s
+        lr, momentum = (torch.full((), x, device=self.world.device) for x in (lr, momentum))  # tensors: numbers would be compiled in
         for stack, parts in zip(self.stacks, self.parts, strict=True):
             stack.finish_reduce()
             for w, g, m, v, lr_mul in parts:
-                g = g.to(m.dtype) / s.micro_batches
-                normuon_update(w, g, m, v, lr, lr_mul, s.muon_weight_decay, momentum, s.muon_beta2, self.world.dtype)
+                u = polar_express(fused(nesterov, g, m, momentum, s.micro_batches, self.world.dtype))
+                fused(normuon_update, w, u, v, lr, lr_mul, s.muon_weight_decay, s.muon_beta2)
 
 
 def adam_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rate: Tensor, parts: int, beta1: float, beta2: float):
@@ -1663,6 +1874,8 @@ class Meter:
 
 PARTS = (  # of a profile, by kernel names (on a CPU, operators'); the first that fits counts
     ("fused by the compiler", r"^triton_"), ("communication", r"nccl|gloo|c10d"), ("attention", r"attention"), ("loss", r"_loss_|log_softmax|nll"),
+    ("embeddings", r"_scatter_add|index_add|embedding"), ("products", r"_mlp_kernel|nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"),
+    ("fused by the compiler", r"^triton_"), ("communication", r"nccl|gloo|c10d"), ("attention", r"attention|_heads_"), ("loss", r"_loss_|log_softmax|nll"),
     ("embeddings", r"_scatter_add|index_add|embedding"), ("products", r"nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"),
     ("other", r""),
 )  # fmt: skip

@@ -61,30 +61,38 @@ class Table:
         print(f"{name:<34}{took:>8.3f}{'-' if other is None else f'{other:.3f}':>11}{rate:>14}{floor / took:>10.0%}", flush=True)
 
 
+def attention_inputs() -> list:
+    """qkv, value, l0, l1, gate, cos, sin and scale of the run's attention."""
+    angles, scalars = torch.randn(T, HEAD_DIM // 2, device=DEVICE), [torch.tensor(x, device=DEVICE) for x in (0.5, 0.5, 0.1)]
+    return [random(T, 3, HEADS, HEAD_DIM), random(T, HEADS * HEAD_DIM), *scalars[:2], random(T, HEADS), angles.cos().bfloat16(), angles.sin().bfloat16(), scalars[2]]
+
+
 def benchmark_attention(table: Table):
-    q, k, v, dout = (random(T, HEADS, HEAD_DIM) for _ in range(4))
-    q, k, scale = g.norm(q), g.norm(k), torch.tensor(0.1, device=DEVICE)
-    batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in (q, k, v)]
-    flex = torch.compile(flex_attention)
-    for window in WINDOWS:
+    """The three kernels alone, beside attention without gates and rotary embedding; then, whole, what they and ours before them replace."""
+    *inputs, scale = attention_inputs()
+    qkv, value = inputs[:2]
+    batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in g.heads_reference(*inputs[:4], *inputs[5:])]
+    flex, gradient = torch.compile(flex_attention), random(1, HEADS, T, HEAD_DIM)
+    launches = {name: attention_launches(name) for name in ("forward", "query", "key")}
+    for window, forward, query, key in zip(WINDOWS, *launches.values(), strict=True):
         first, last = document_bounds(window)
         mask = create_block_mask(lambda b, h, i, j, first=first: (first[i] <= j) & (j <= i), None, None, T, T, DEVICE, _compile=True)
         pairs = (torch.arange(T, device=DEVICE) - first + 1).sum().item() * HEADS * HEAD_DIM
-        size = q.nbytes
-        out, lse = g.attention_forward(q, k, v, first, last, scale)
         wanted = flex(*batched, block_mask=mask, scale=0.1)
-        gradient = dout.transpose(0, 1)[None]
-        table.row(f"attention forward, W = {window}", lambda: g.attention_forward(q, k, v, first, last, scale),
-                  lambda: flex(*batched, block_mask=mask, scale=0.1), 4 * pairs, 4 * size)  # fmt: skip
-        table.row(f"attention backward, W = {window}", lambda: g.attention_backward(dout, q, k, v, out, lse, first, last, scale),
-                  lambda: torch.autograd.grad(wanted, batched, gradient, retain_graph=True), 10 * pairs, 8 * size)  # fmt: skip
+        table.row(f"attention forward, W = {window}", forward, lambda: flex(*batched, block_mask=mask, scale=0.1), 4 * pairs, 4 * value.nbytes)
+        table.row(f"attention backward, W = {window}", lambda: (query(), key()),
+                  lambda: torch.autograd.grad(wanted, batched, gradient, retain_graph=True), 10 * pairs, 8 * value.nbytes)  # fmt: skip
+        whole = g.attention_forward(*inputs, first, last, scale)
+        table.row(f"all of attention forward, W = {window}", lambda: g.attention_forward(*inputs, first, last, scale), None, 4 * pairs, 4 * qkv.nbytes)
+        table.row(f"all of attention backward, W = {window}", lambda: g.attention_backward(whole[0], *inputs, first, last, scale, *whole), None,
+                  10 * pairs, 4 * qkv.nbytes)  # fmt: skip
 
 
 def benchmark_head(table: Table):
     z, targets, dloss = 3 * random(T, CLASSES), torch.randint(CLASSES, (T,), device=DEVICE, dtype=torch.int32), torch.ones(T, device=DEVICE)
-    _, lse = g.loss_forward(z, targets)
+    _, lse = g.loss_forward(z, targets, exact=False)
     reference = torch.compile(g.loss_reference)
-    table.row("loss forward", lambda: g.loss_forward(z, targets), lambda: reference(z, targets), 0, z.nbytes)
+    table.row("loss forward", lambda: g.loss_forward(z, targets, exact=False), lambda: reference(z, targets), 0, z.nbytes)
     leaf = z.detach().requires_grad_()
     loss = reference(leaf, targets)
     backward = lambda: torch.autograd.grad(loss, leaf, dloss, retain_graph=True)  # noqa: E731
@@ -94,6 +102,16 @@ def benchmark_head(table: Table):
     grad = torch.zeros(CLASSES, WIDTH, device=DEVICE)
     add = torch.compile(lambda grad, targets, x: grad.index_add_(0, targets, x.float()))
     table.row("scatter_add", lambda: g.scatter_add(grad, targets, x), lambda: add(grad, targets, x), 0, x.nbytes + 2 * 2 * x.nbytes)
+
+
+def benchmark_mlp(table: Table):
+    x, w_in, w_out, dout = random(T, WIDTH), *(0.03 * random(WIDTH, 4 * WIDTH) for _ in range(2)), random(T, WIDTH)
+    _, hidden = g.mlp_forward(x, w_in, w_out)
+    inward = torch.compile(lambda x, w: torch.relu(x @ w).square())
+    slope = torch.compile(lambda dout, w, hidden: (dout @ w) * (2 * hidden.sqrt()))
+    size, flops = x.nbytes + hidden.nbytes + w_in.nbytes, 2 * T * WIDTH * 4 * WIDTH
+    table.row("relu(x w_in)^2", lambda: g._mlp_launch(x, w_in, None), lambda: inward(x, w_in), flops, size)
+    table.row("its gradient", lambda: g._mlp_launch(dout, w_out, hidden), lambda: slope(dout, w_out, hidden), flops, size + hidden.nbytes)
 
 
 def benchmark_products(table: Table):
@@ -106,18 +124,19 @@ def benchmark_products(table: Table):
 def attention_launches(name: str) -> list:
     """A launch of one attention kernel for each of the run's windows; each reads its tiles when it is called."""
     kernel = {"forward": g._attention_forward_kernel, "query": g._attention_query_kernel, "key": g._attention_key_kernel}[name]
-    q, k, v, dout = (random(T, HEADS, HEAD_DIM) for _ in range(4))
-    q, k, scale = g.norm(q), g.norm(k), torch.tensor(0.1, device=DEVICE)
-    dq, dk, dv = (torch.empty_like(q) for _ in range(3))
+    *inputs, scale = attention_inputs()
+    qkv, value, l0, l1, gate, cos, sin = inputs
+    dout, dqkv, dvalue, dgate = random(T, HEADS, HEAD_DIM), torch.empty_like(qkv), torch.empty_like(value), torch.empty_like(gate)
     launches = []
     for window in WINDOWS:
         first, last = document_bounds(window)
-        out, lse = g.attention_forward(q, k, v, first, last, scale)
-        delta = (out.float() * dout.float()).sum(-1).t().contiguous()
+        out, lse, q, k, v, factors = g.attention_forward(*inputs, first, last, scale)
+        delta = ((out.float() * dout.float()).sum(-1) / torch.sigmoid(gate)).t().float().contiguous()
+        sums = torch.zeros(T // 16 * HEADS, 2, device=DEVICE)
         tensors = {
-            "forward": (q, k, v, out, lse, first, scale),
-            "query": (q, k, v, out, dout, lse, delta, dq, first, scale),
-            "key": (q, k, v, dout, lse, delta, dk, dv, first, last, scale),
+            "forward": ((q, out), (k, v), (), gate, lse, first, scale),
+            "query": ((q, out, dout), (k, v), (cos, sin, dqkv), factors, gate, lse, delta, dgate, first, scale),
+            "key": ((q, dout), (k, v, qkv, value, dvalue), (cos, sin, dqkv), factors, lse, delta, first, last, l0, l1, sums, scale),
         }[name]
         launches.append(functools.partial(g._attention_launch, kernel, name, *tensors))
     return launches
@@ -162,6 +181,7 @@ def main() -> int:
     table = Table()
     benchmark_attention(table)
     benchmark_head(table)
+    benchmark_mlp(table)
     benchmark_products(table)
     return 0
 

@@ -20,34 +20,57 @@ import train_gpt as g
 TYPES = {"T": "i32", "V": "i32", "C": "i32", "QUADS": "i32", "target_ptr": "*i32", "tokens_ptr": "*i32", "first_ptr": "*i32", "last_ptr": "*i32"}
 FLOATS = ("lse_ptr", "delta_ptr", "scale_ptr", "loss_ptr", "dloss_ptr", "table_ptr")
 TYPES |= {name: "*fp32" for name in FLOATS} | {"words_ptr": "*i32"}
-CAP = {"CAP": g.SOFTCAP, "SLOPE": g.SOFTCAP_SLOPE}
+CAP = {"CAP": g.TANH_CAP, "SLOPE": g.TANH_SLOPE}
 
 
-def tiles(name):
+def tiles(name, constants=None):
     BM, BN, warps, stages = g.HOPPER_TILES[name]
-    return {"H": 6, "D": 128, "BM": BM, "BN": BN}, {}, warps, stages
+    types = dict.fromkeys(("q_tiles", "out_tiles", "dout_tiles"), f"tensordesc<bf16[{BM}, 128]>")
+    types |= dict.fromkeys(("k_tiles", "v_tiles", "qkv_tiles", "value_tiles", "dvalue_tiles"), f"tensordesc<bf16[{BN}, 128]>")
+    types |= dict.fromkeys(("cos_tiles", "sin_tiles", "dqkv_tiles"), f"tensordesc<bf16[{BN if name == 'key' else BM}, 64]>")
+    types |= dict.fromkeys(("factor_ptr", "l0_ptr", "l1_ptr", "sums_ptr"), "*fp32")
+    return {"H": 6, "D": 128, "BM": BM, "BN": BN} | (constants or {}), types, warps, stages
+
+
+def heads(constants):
+    types = dict.fromkeys(("l0_ptr", "l1_ptr", "factor_ptr"), "*fp32")
+    return {"EPS": 2.0**-23, "H": 6, "D": 128, "HALF": 64, "BM": 16} | constants, types, 4, 3
+
+
+def mlp(backward):
+    BM, BN, BK, warps, stages = g.MLP_TILE
+    constants = {"BACKWARD": backward, "BM": BM, "BN": BN, "BK": BK} | ({} if backward else {"hidden": None})
+    half = f"tensordesc<bf16[{BM}, {BN // 2}]>"
+    types = {"a": f"tensordesc<bf16[{BM}, {BK}]>", "b": f"tensordesc<bf16[{BK}, {BN}]>", "out": half, "hidden": half}
+    return constants, types | dict.fromkeys(("N", "K", "PROGRAMS"), "i32"), warps, stages
 
 
 KERNELS = {
+    "heads": (g._heads_kernel, *heads({})),
+    "heads without value": (g._heads_kernel, *heads({"value_ptr": None})),
     "forward": (g._attention_forward_kernel, *tiles("forward")),
     "query": (g._attention_query_kernel, *tiles("query")),
     "key": (g._attention_key_kernel, *tiles("key")),
-    "loss": (g._loss_kernel, CAP | {"BLOCK": 2048}, {}, 4, 3),
-    "loss backward fp8": (g._loss_backward_kernel, CAP | {"INV_SCALE": 448.0, "FP8": True, "BM": 16, "BN": 128}, {"dz_ptr": "*u8"}, 4, 3),
-    "loss backward bf16": (g._loss_backward_kernel, CAP | {"INV_SCALE": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 128}, {}, 4, 3),
+    "key without value": (g._attention_key_kernel, *tiles("key", {"value_tiles": None, "dvalue_tiles": None})),
+    "mlp": (g._mlp_kernel, *mlp(False)),
+    "mlp backward": (g._mlp_kernel, *mlp(True)),
+    "loss": (g._loss_kernel, CAP | {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
+    "loss exact": (g._loss_kernel, CAP | {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
+    "loss backward fp8": (g._loss_backward_kernel, CAP | {"GAIN": 448.0, "FP8": True, "BM": 16, "BN": 128}, {"dz_ptr": "*u8"}, 4, 3),
+    "loss backward bf16": (g._loss_backward_kernel, CAP | {"GAIN": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 128}, {}, 4, 3),
     "scatter": (g._scatter_add_kernel, {"BLOCK": 256}, {}, 2, 3),
 }
 kernel, constants, types, warps, stages = KERNELS[sys.argv[1]]
 names = kernel.arg_names
 signature = {n: "constexpr" if n in constants else (TYPES | types).get(n, "*bf16") for n in names}
-aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants}
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and not signature[n].startswith("tensordesc")}
 source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): value for n, value in constants.items()}, attrs=aligned)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
 print(json.dumps({"wgmma": compiled.asm["ptx"].count("wgmma.mma_async"), "shared": compiled.metadata.shared, "size": len(compiled.asm["cubin"])}))
 """
 
 
-@pytest.mark.parametrize("kernel", ["forward", "query", "key", "loss", "loss backward fp8", "loss backward bf16", "scatter"])
+@pytest.mark.parametrize("kernel", ["heads", "heads without value", "forward", "query", "key", "key without value", "mlp", "mlp backward", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "scatter"])
 def test_kernel_compiles_for_hopper(kernel, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -57,4 +80,4 @@ def test_kernel_compiles_for_hopper(kernel, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["size"] > 1000 and found["shared"] <= 227 * 1024
-    assert found["wgmma"] > 0 or kernel not in ("forward", "query", "key")  # else it is on a slower path
+    assert found["wgmma"] > 0 or kernel not in ("forward", "query", "key", "key without value", "mlp", "mlp backward")  # else it is on a slower path

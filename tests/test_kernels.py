@@ -39,38 +39,84 @@ ATTENTION_CASES = {
 }
 
 
+def attention_inputs(T, heads, head_dim, mixed=True):
+    """qkv, value, l0, l1, gate, cos and sin of `attention`."""
+    value, angles = torch.randn(T, heads * head_dim), torch.randn(T + 5, head_dim // 2)
+    return [torch.randn(T, 3, heads, head_dim), value if mixed else None, torch.tensor(0.7), torch.tensor(-0.4), 3 * torch.randn(T, heads), angles.cos(), angles.sin()]
+
+
+def plain_attention(qkv, value, l0, l1, gate, cos, sin, first, last, scale):
+    return train_gpt.attention_reference(*train_gpt.heads_reference(qkv, value, l0, l1, cos, sin), gate, first, scale)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("case", ATTENTION_CASES)
 def test_attention(case, dtype, tolerance):
     lengths, T, window = ATTENTION_CASES[case]
     torch.manual_seed(T)
     first, last = visible(lengths, T, window)
-    scale = torch.tensor(0.117)
-    q, k, v, dout = (torch.randn(T, 2, 32).to(dtype) for _ in range(4))
-    exact = [t.double().requires_grad_() for t in (q, k, v)]
-    wanted = train_gpt.attention_reference(*exact, first, scale.double())
-    wanted.backward(dout.double())
-    out, lse = train_gpt.attention_forward(q, k, v, first, last, scale)
-    grads = train_gpt.attention_backward(dout, q, k, v, out, lse, first, last, scale)
-    assert relative(out, wanted.detach()) < tolerance
-    if window and case not in ("one token",):  # else q and k have no gradient
-        assert relative(grads[0], exact[0].grad) < tolerance
-        assert relative(grads[1], exact[1].grad) < tolerance
-    else:
-        assert grads[0].abs().max() < tolerance and grads[1].abs().max() < tolerance
-    assert relative(grads[2], exact[2].grad) < tolerance
+    mixed = case != "window longer than any document"
+    inputs, dout = [t if t is None or not t.dim() else t.to(dtype) for t in attention_inputs(T, 2, 32, mixed)], torch.randn(T, 2, 32).to(dtype)
+    results = []
+    for function, move in ((plain_attention, lambda t: t.double()), (lambda *tensors: train_gpt.attention_forward(*tensors)[0], lambda t: t.clone())):
+        tensors = [None if t is None else move(t).requires_grad_(i < 5) for i, t in enumerate(inputs)]
+        out = function(*tensors, first, last, move(torch.tensor(0.117)))
+        out.backward(move(dout))
+        results.append((out.detach(), *(t.grad for t in tensors[:5] if t is not None)))
+    (wanted, dqkv, *exact), (out, found_dqkv, *found) = results
+    assert out.dtype == dtype and relative(out, wanted) < tolerance
+    for part in range(3):
+        if part == 2 or window and case != "one token":  # else q and k have no gradient
+            # The output, from which the gradients of q and k come, is rounded behind its gate.
+            assert relative(found_dqkv[:, part], dqkv[:, part]) < (tolerance if part == 2 else 3 * tolerance)
+        else:
+            assert found_dqkv[:, part].abs().max() < 5 * tolerance
+    for ours, grad in zip(found, exact, strict=True):
+        assert ours == 0 if grad is None else relative(ours, grad) < 3 * tolerance
+
+
+def test_attention_gate_that_is_shut():
+    """Where a gate's sigmoid underflows, output and gradients are zero and nothing is lost to infinities."""
+    first, last = visible([40], 40, 40)
+    inputs = attention_inputs(40, 1, 16)
+    inputs[4].fill_(-200.0)
+    results = train_gpt.attention_forward(*inputs, first, last, torch.tensor(0.1))
+    grads = train_gpt.attention_backward(torch.randn(40, 1, 16), *inputs, first, last, torch.tensor(0.1), *results)
+    assert all(t.abs().max() == 0 for t in (results[0], *grads))
 
 
 def test_attention_mask_is_the_interval():
     """A key outside first[i]..i has no influence, one inside has, in the reference and in the kernel."""
     first, last = visible([20, 30], 50, 7)
-    q, k, v = torch.randn(3, 50, 1, 16).unbind()
-    for attend in (lambda v: train_gpt.attention_reference(q, k, v, first, torch.tensor(0.1)),
-                   lambda v: train_gpt.attention_forward(q, k, v, first, last, torch.tensor(0.1))[0]):  # fmt: skip
-        changed = v.clone()
-        changed[24] += 1
-        moved = (attend(changed) != attend(v)).any(-1).any(-1)
+    inputs = attention_inputs(50, 1, 16)
+    for attend in (plain_attention, lambda *tensors: train_gpt.attention_forward(*tensors)[0]):
+        changed = inputs[0].clone()
+        changed[24, 2] += 1
+        outs = [attend(qkv, *inputs[1:], first, last, torch.tensor(0.1)) for qkv in (inputs[0], changed)]
+        moved = (outs[0] != outs[1]).any(-1).any(-1)
         assert moved.nonzero().flatten().tolist() == list(range(24, 32))
+
+
+@pytest.mark.parametrize("T, width, hidden", [(129, 72, 264), (1, 16, 64), (40, 64, 32)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_mlp(T, width, hidden, dtype, tolerance, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(train_gpt, "MLP_TILE", (32, 64, 32, 4, 2))
+    elif dtype == torch.float32:
+        pytest.skip("a tile of float32 does not fit the shared memory; a GPU trains in bf16")
+    torch.manual_seed(T)
+    x, w_in, w_out, dout = (torch.randn(*shape).to(dtype) for shape in ((T, width), (width, hidden), (width, hidden), (T, width)))
+    exact = [t.double().requires_grad_() for t in (x, w_in, w_out)]
+    wanted = train_gpt.mlp_reference(*exact)
+    wanted.backward(dout.double())
+    out, squares = train_gpt.mlp_forward(x, w_in, w_out)
+    grads = train_gpt.mlp_backward(dout, x, w_in, w_out, squares)
+    assert relative(out, wanted.detach()) < tolerance
+    for grad, tensor in zip(grads, exact, strict=True):
+        assert grad.dtype == dtype and relative(grad, tensor.grad) < tolerance
+
+
+APPROXIMATE = 2e-3 if DEVICE == "cuda" else 1e-5  # the interpreter's tanh is exact
 
 
 @pytest.mark.parametrize("T, V", [(5, 384), (67, 300), (1, 129)])
@@ -82,21 +128,24 @@ def test_loss(T, V, dtype, tolerance):
     exact = z.double().requires_grad_()
     wanted = torch.nn.functional.cross_entropy(30 * torch.sigmoid(exact / 7.5), targets.long(), reduction="none")
     wanted.backward(dloss.double())
-    loss, lse = train_gpt.loss_forward(z, targets)
+    loss, lse = train_gpt.loss_forward(z, targets, exact=True)
     dz, _ = train_gpt.loss_backward(z, targets, lse, dloss, fp8=False)
     assert relative(train_gpt.loss_reference(z, targets), wanted.detach()) < 1e-5
     assert relative(loss, wanted.detach()) < 1e-5
+    assert relative(train_gpt.loss_forward(z, targets, exact=False)[0], wanted.detach()) < APPROXIMATE
     assert relative(dz, exact.grad) < tolerance
 
 
 def test_loss_fp8_gradient_and_its_transpose():
     z, targets = 4 * torch.randn(140, 300), torch.randint(300, (140,), dtype=torch.int32)
-    loss, lse = train_gpt.loss_forward(z, targets)
+    _, lse = train_gpt.loss_forward(z, targets, exact=True)
     wanted, _ = train_gpt.loss_backward(z, targets, lse, torch.ones(140), fp8=False)
+    _, lse = train_gpt.loss_forward(z, targets, exact=False)
     dz, dzt = train_gpt.loss_backward(z, targets, lse, torch.ones(140), fp8=True)
     assert dz.dtype == dzt.dtype == torch.float8_e5m2
     assert torch.equal(dz.float(), dzt.float().t())
-    assert torch.equal(dz.float(), (wanted / train_gpt.GRAD_SCALE).half().to(torch.float8_e5m2).float())
+    rounded = (wanted / train_gpt.GRAD_SCALE).half().to(torch.float8_e5m2).float()
+    assert (dz.float() != rounded).float().mean() < (0.01 if DEVICE == "cuda" else 1e-3)  # where one is next to the middle of two
     assert relative(dz.float() * train_gpt.GRAD_SCALE, wanted) < 0.1  # e5m2 has two bits of mantissa
 
 
@@ -145,10 +194,13 @@ def test_compiled_block(mixed, monkeypatch):
     dtype, backend, tolerance = (torch.bfloat16, "inductor", 3e-2) if DEVICE == "cuda" else (torch.float32, "aot_eager", 1e-4)
     if DEVICE == "cpu":
         monkeypatch.setattr(train_gpt, "attention", lambda *tensors: train_gpt.attention_forward(*tensors)[0])
+        monkeypatch.setattr(train_gpt, "mlp", lambda *tensors: train_gpt.mlp_forward(*tensors)[0])
+        monkeypatch.setattr(train_gpt, "MLP_TILE", (32, 64, 32, 4, 2))
     torch.manual_seed(0)
     T, heads, width = 96, 2, 64
     first, last = visible([40, 56], T, 30)
-    rotary = (torch.randn(T, 16), torch.randn(T, 16), torch.tensor(0.1))
+    angles = torch.randn(T, 16)
+    rotary = (angles.cos(), angles.sin(), torch.tensor(0.1))
     shapes = ((T, width), (T, width), (T, width), (T, width), (width, 4 * width), (heads, 12), (width, 4 * width), (width, 4 * width))
     leaves = [torch.randn(shape) * (0.1 if shape == (width, 4 * width) else 1.0) for shape in shapes]
     scalars, dout = [torch.tensor([1.1, 0.2, 0.5, 0.4]), torch.tensor(-1.0)], torch.randn(T, width)
