@@ -4,8 +4,8 @@
     python train_gpt.py --preset=sample                                         # a small model on a CPU
     python train_gpt.py --help                                                  # every setting
 
-Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 416 ms and 19.8 GiB, from empty caches
-to step 0 in 39 s; one version earlier 411 ms on a slightly faster H200, 211 ms on two and 107 ms on four. README.md says on what data.
+Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 364 ms and 17.3 GiB, from warm caches to
+step 0 in 16 to 17 s; versions before 408 ms on that H200, and 211 ms on two and 107 ms on four. README.md says on what data.
 
 The rooms, in order: settings, kernels, model, optimizers, data, schedules, training, log, checkpoints, main.
 A room uses only rooms above it.
