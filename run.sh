@@ -28,7 +28,8 @@ if [ "${1:-}" = test ]; then
   shift
   install records/requirements.txt
   install tests/requirements.txt
-  exec .venv/bin/python -m pytest tests "$@"
+  # Two workers of one thread each: most tests use one core, and threads of several processes get in each other's way.
+  OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --dist=worksteal tests "$@"
 fi
 
 if [ "${1:-}" = record ]; then

@@ -72,7 +72,7 @@ def test_bad_nproc(project, gpus, nproc, says):
 
 
 def test_tests(project):
-    assert project(0, "test", "-k", "norm")[1] == ["python -m pytest tests -k norm"]
+    assert project(0, "test", "-k", "norm")[1] == ["python -m pytest -n 2 --dist=worksteal tests -k norm"]
 
 
 def test_record(project):
