@@ -563,7 +563,7 @@ def _attention_key_kernel(
 
 
 # Tile sizes by kernel: (queries, keys, warps, stages). Fixed, so that no start pays for tuning; found on an H200.
-HOPPER_TILES = {"forward": (64, 64, 4, 3), "query": (64, 64, 4, 2), "key": (64, 64, 4, 2)}
+HOPPER_TILES = {"forward": (64, 64, 4, 3), "query": (64, 32, 4, 3), "key": (32, 64, 4, 3)}
 SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)}  # for chips with less shared memory
 
 
@@ -1090,8 +1090,11 @@ class GPT(nn.Module):
         # One graph serves every layer of a kind and every window; evaluation runs it uncompiled.
         self.compiled = [compiled(f) if world.device.type == "cuda" else f for f in (embed, block, leave)]
 
-    def trunk(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
-        """What the head reads: (T, width), normed. windows: how many tokens back short and long layers see."""
+    def trunk(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> Tensor:
+        """What the head reads: (T, width), normed. windows: how many tokens back short and long layers see.
+
+        They may be int32 tensors, which a CUDA graph reads anew.
+        """
         self.fetch((self.smear_gate, self.scalars, self.lambdas, self.embedding, *self.values))
         embed_, block_, leave_ = self.compiled if self.training else (embed, block, leave)
         at = torch.arange(len(batch.inputs), dtype=torch.int32, device=batch.inputs.device)
@@ -1117,7 +1120,7 @@ class GPT(nn.Module):
                 kept[i] = x
         return leave_(x, backout, kept.get(self.backout_layer))
 
-    def forward(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
+    def forward(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> Tensor:
         """Loss of each token of the batch, float32 (T,); arguments as in `trunk`."""
         x = self.trunk(batch, windows)
         self.fetch((self.head,))
@@ -1127,7 +1130,7 @@ class GPT(nn.Module):
         slices = zip(x.split(8192), batch.targets.split(8192), strict=True)
         return torch.cat([head_loss(part, self.head, targets, False) for part, targets in slices])
 
-    def logits(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
+    def logits(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> Tensor:
         """Softcapped logits, float32 (T, classes), the classes beyond the vocabulary included; arguments as in `trunk`."""
         return softcap(self.trunk(batch, windows) @ self.head.t())
 
@@ -1561,6 +1564,10 @@ class Trainer:
         self.stacks = [stack for stack, _ in self.owned]
         self.stack_of = {p: stack for stack in self.stacks for p in stack.parameters}
         self.model.fetch = self.fetch
+        # What a CUDA graph reads and writes stays in place: the windows, the step's loss so far, and a micro-batch.
+        self.windows = torch.zeros(2, dtype=torch.int32, device=world.device).unbind()
+        self.total = torch.zeros((), device=world.device)
+        self.batch, self.graph = Batch(*torch.zeros(4, s.train_tokens, dtype=torch.int32, device=world.device)), None
 
     def fetch(self, parameters):
         """Wait until these parameters have come from the ranks that updated them."""
@@ -1568,25 +1575,50 @@ class Trainer:
             for p in parameters:
                 self.stack_of[p].fetch(p)
 
+    def micro_step(self, batch: Batch):
+        """Add a micro-batch's loss to `total` and its gradients to the parameters'."""
+        loss = self.model(batch, self.windows).sum()
+        loss.backward()
+        self.total += loss.detach()
+
+    def capture(self):
+        """Record a micro-batch as a CUDA graph for `train_step`: launched one by one, its kernels take the host longer than the GPU.
+
+        All kernels must have been compiled. With several GPUs the graph waits for all parameters, and gradients travel after it.
+        """
+        for stack in self.stacks:
+            stack.fetch()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader's threads go on
+            self.micro_step(self.batch)
+        self.graph = graph
+
     def train_step(self, step: int, batches: list[Batch], windows: tuple[int, int]) -> Tensor:
         """One step over this rank's micro-batches.
 
         Returns, float32 (2,) on the device, the mean loss of the whole step and how many ranks want to stop.
         """
         self.model.train()
-        total = 0.0
+        self.total.zero_()
+        for kept, window in zip(self.windows, windows, strict=True):
+            kept.fill_(window)
         for i, batch in enumerate(batches):
             if i == len(batches) - 1:
                 for stack in self.normuon.stacks + (self.adam.stacks if step % 2 else []):
                     stack.arm()
-            loss = self.model(batch, windows).sum()
-            loss.backward()
-            total = total + loss.detach()
+            if self.graph:
+                for stack in self.stacks:
+                    stack.fetch()
+                for kept, new in zip(vars(self.batch).values(), vars(batch).values(), strict=True):
+                    kept.copy_(new)
+                self.graph.replay()
+            else:
+                self.micro_step(batch)
         scale = lr_scale(step, self.s)
         self.normuon.step(self.s.muon_lr * scale, muon_momentum(step, self.s))
         if step % 2:
             self.adam.step(scale, t=step // 2 + 1)
-        result = torch.stack([total / self.s.train_batch_size, torch.full_like(total, self.stop)])
+        result = torch.stack([self.total / self.s.train_batch_size, torch.full_like(self.total, self.stop)])
         if self.world.size > 1:
             dist.all_reduce(result)
         for stack in self.stacks:
@@ -1608,7 +1640,7 @@ class Trainer:
 
     @torch.no_grad()
     def warm_up(self, train: TrainLoader, val: ValLoader):
-        """Run throw-away steps and a validation micro-batch, which compile all that the run will use; then rewind."""
+        """Run throw-away steps and a validation micro-batch, which compile all that the run will use; capture; then rewind."""
         steps = min(self.s.warmup_steps, self.s.total_steps)
         if not steps:
             return
@@ -1621,6 +1653,11 @@ class Trainer:
         self.validate(itertools.islice(val.stream(), 1), windows)
         for stack in self.stacks:
             stack.fetch()
+        if self.world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            with torch.enable_grad():
+                self.model.train()
+                self.capture()
         for tensor, value in zip(state, saved, strict=True):
             tensor.copy_(value)
 
@@ -2100,8 +2137,6 @@ def run(s: Hyperparameters, world: World):
         trainer.warm_up(train, val)
         warm = seconds_since_launch()
         log.write(calibrate(s, world), show=False)
-        if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         ready = seconds_since_launch()
         parts = f"import {began:.1f}, build {built - began:.1f}, warm-up {warm - built:.1f}, calibration {ready - warm:.1f}"
         log.write(f"start: {ready:.1f} s from launch to step {start} ({parts})")
