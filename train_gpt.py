@@ -314,7 +314,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    fp8: bool = False  # whether the head trains in FP8
+    fp8: bool = False  # whether the head trains in FP8, and on Hopper most forward products of the blocks
 
     @property
     def dtype(self) -> torch.dtype:
@@ -365,6 +365,58 @@ def on_hopper(x: Tensor) -> bool:
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without a weight (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+
+
+WEIGHT_SCALE = 2.0**-9  # of every matrix in e4m3, so for entries up to 0.875
+
+
+def to_e4m3(x: Tensor, factor: float) -> Tensor:
+    """x times a factor, in e4m3; what is beyond its range becomes its largest number."""
+    return (x.float() * factor).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The transposes of matrices x (..., rows, columns), contiguous. FP8 goes as bytes, and apart from to_e4m3: see _e5m2_pair."""
+    return x.mT.contiguous()
+
+
+def normed_scale(x: Tensor) -> float:
+    """The scale of normed x (T, width) in e4m3: norm bounds it by the root of the width, which becomes the largest number, 448."""
+    return x.size(1) ** 0.5 / 448
+
+
+@functools.cache
+def constant(value: float, device: torch.device) -> Tensor:
+    """A float32 scalar tensor, made once."""
+    return torch.full((), value, device=device)
+
+
+@torch.library.custom_op("speedrun::linear_fp8", mutates_args=())
+def linear_fp8(x: Tensor, x8: Tensor, weight: Tensor, weight8: Tensor) -> Tensor:
+    """Normed x (T, width) times weight (n, width) transposed, (T, n) of x's dtype, by their e4m3 copies; gradients are the exact product's."""
+    scales = (constant(scale, x.device) for scale in (normed_scale(x), WEIGHT_SCALE))
+    return torch._scaled_mm(x8, weight8.t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
+
+
+@linear_fp8.register_fake
+def _(x, x8, weight, weight8):
+    return x.new_empty(x.size(0), weight.size(0))
+
+
+def _save_linear(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[2])
+
+
+linear_fp8.register_autograd(
+    lambda ctx, dout: (dout @ ctx.saved_tensors[1], None, dout.t() @ ctx.saved_tensors[0], None), setup_context=_save_linear
+)
+
+
+def linear(x: Tensor, weight: Tensor, weight8: Tensor | None) -> Tensor:
+    """F.linear of normed x, in e4m3 where there is such a copy of the weight (over WEIGHT_SCALE)."""
+    if weight8 is None:
+        return F.linear(x, weight)
+    return linear_fp8(x, to_e4m3(x.detach(), 1 / normed_scale(x)), weight, weight8)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -662,61 +714,82 @@ def mlp_reference(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
 
 
 @triton.jit
-def _relu_squared(x, hidden, row, column, BACKWARD: tl.constexpr):
-    if BACKWARD:
-        return x * (2.0 * tl.sqrt(hidden.load([row, column]).to(tl.float32)))
-    x = tl.maximum(x, 0.0)
-    return x * x
+def _store_relu_squared(x, out, out8, hidden, row, column, SCALE: tl.constexpr):
+    if hidden is not None:
+        out.store([row, column], (x * (2.0 * tl.sqrt(hidden.load([row, column]).to(tl.float32)))).to(out.dtype))
+    else:
+        x = tl.maximum(x * SCALE, 0.0)
+        out.store([row, column], (x * x).to(out.dtype))
+        if out8 is not None:
+            out8.store([row, column], tl.minimum(x * x, 448.0).to(out8.dtype))
 
 
 @triton.jit
-def _mlp_kernel(a, b, out, hidden, T, N, K, PROGRAMS, BACKWARD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """out (T, N) = relu(a b)^2 for a (T, K) and b (K, N); backward a b times the slope of that, twice the root of hidden (T, N)."""
+def _mlp_kernel(
+    a, b, out, out8, hidden, T, N, K, PROGRAMS, SCALE: tl.constexpr, TURNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """out (T, N) = relu(SCALE a b)^2 for a (T, K) and b (K, N), or b (N, K) if turned, and the same in e4m3 if there is an out8.
+
+    Given hidden (T, N), such a result, out is a b times the slope there, twice the root of hidden.
+    """
     across = tl.cdiv(N, BN)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):  # the next tile loads while this one is stored
         row, column = tile // across * BM, tile % across * BN
         x = tl.zeros([BM, BN], tl.float32)
         for k in range(0, K, BK):
-            x = tl.dot(a.load([row, k]), b.load([k, column]), x, input_precision="ieee")
+            factor = tl.trans(b.load([column, k])) if TURNED else b.load([k, column])
+            x = tl.dot(a.load([row, k]), factor, x, input_precision="ieee")
         # Two halves, one after the other, take half of the shared memory.
         left, right = x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        out.store([row, column], _relu_squared(left, hidden, row, column, BACKWARD).to(out.dtype))
-        out.store([row, column + BN // 2], _relu_squared(right, hidden, row, column + BN // 2, BACKWARD).to(out.dtype))
+        _store_relu_squared(left, out, out8, hidden, row, column, SCALE)
+        _store_relu_squared(right, out, out8, hidden, row, column + BN // 2, SCALE)
 
 
-MLP_TILE = (128, 256, 64, 8, 3)  # rows, columns, depth, warps, stages: what fits an H100's shared memory and registers
+MLP_TILE = (128, 256, 128, 8, 3)  # rows, columns, depth in bytes, warps, stages: what fits an H100's shared memory and registers
 
 
-def _mlp_launch(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
-    """The result of `_mlp_kernel`: backward where hidden is given."""
-    (T, K), N = a.shape, b.size(1)
+def _mlp_launch(a: Tensor, b: Tensor, out: Tensor, out8: Tensor | None = None, hidden: Tensor | None = None, scale: float = 1.0):
+    """Run `_mlp_kernel`; operands in e4m3 come with b turned, since such products want both contiguous along the sum."""
+    (T, K), N = a.shape, out.size(1)
     BM, BN, BK, warps, stages = MLP_TILE
-    out = a.new_empty(T, N)
+    BK //= a.element_size()
+    turned = a.dtype == torch.float8_e4m3fn
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
-    tiles = [TensorDescriptor.from_tensor(t, [BM, BN // 2]) if t is not None else None for t in (out, hidden)]
+    tiles = [TensorDescriptor.from_tensor(t, [BM, BN // 2]) if t is not None else None for t in (out, out8, hidden)]
     _mlp_kernel[(programs,)](
-        TensorDescriptor.from_tensor(a.contiguous(), [BM, BK]), TensorDescriptor.from_tensor(b.contiguous(), [BK, BN]), *tiles, T, N, K,
-        programs, BACKWARD=hidden is not None, BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
+        TensorDescriptor.from_tensor(a.contiguous(), [BM, BK]), TensorDescriptor.from_tensor(b.contiguous(), [BN, BK] if turned else [BK, BN]), *tiles,
+        T, N, K, programs, SCALE=scale, TURNED=turned, BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return out
 
 
 @torch.library.custom_op("speedrun::mlp", mutates_args=())
-def mlp_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
-    """The Triton twin of `mlp_reference`: its result, and the hidden units behind ReLU^2 (T, hidden)."""
-    hidden = _mlp_launch(x, w_in, None)
-    return F.linear(hidden, w_out), hidden
+def mlp_forward(
+    x: Tensor, w_in: Tensor, w_out: Tensor, x8: Tensor | None, in8: Tensor | None, out8: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The Triton twin of `mlp_reference`: its result, and the hidden units behind ReLU^2 (T, hidden).
+
+    With e4m3 copies, of which that of w_in is transposed, (hidden, width), the products are theirs.
+    """
+    hidden = x.new_empty(x.size(0), w_in.size(1))
+    if x8 is None:
+        _mlp_launch(x, w_in, hidden)
+        return F.linear(hidden, w_out), hidden
+    hidden8 = torch.empty_like(hidden, dtype=x8.dtype)
+    _mlp_launch(x8, in8, hidden, hidden8, scale=normed_scale(x) * WEIGHT_SCALE)
+    scales = (constant(scale, x.device) for scale in (1.0, WEIGHT_SCALE))
+    return torch._scaled_mm(hidden8, out8.t(), *scales, out_dtype=x.dtype, use_fast_accum=True), hidden
 
 
 @torch.library.custom_op("speedrun::mlp_backward", mutates_args=())
 def mlp_backward(dout: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, w_in and w_out."""
-    dhidden = _mlp_launch(dout, w_out, hidden)
+    """Gradients of x, w_in and w_out, by exact products."""
+    dhidden = torch.empty_like(hidden)
+    _mlp_launch(dout, w_out, dhidden, hidden=hidden)
     return dhidden @ w_in.t(), x.t() @ dhidden, dout.t() @ hidden
 
 
 @mlp_forward.register_fake
-def _(x, w_in, w_out):
+def _(x, w_in, w_out, x8, in8, out8):
     return x.new_empty(x.shape), x.new_empty(x.size(0), w_in.size(1))
 
 
@@ -726,15 +799,20 @@ def _(dout, x, w_in, w_out, hidden):
 
 
 def _save_mlp(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs[:3], output[1])
 
 
-mlp_forward.register_autograd(lambda ctx, dout, _: mlp_backward(dout, *ctx.saved_tensors), setup_context=_save_mlp)
+mlp_forward.register_autograd(lambda ctx, dout, _: (*mlp_backward(dout, *ctx.saved_tensors), None, None, None), setup_context=_save_mlp)
 
 
-def mlp(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """relu(x w_in)^2 w_out^T (arXiv 2109.08668): x (T, width), both weights (width, hidden). On Hopper ReLU^2, either way, is in the product."""
-    return mlp_forward(x, w_in, w_out)[0] if on_hopper(x) else mlp_reference(x, w_in, w_out)
+def mlp(x: Tensor, w_in: Tensor, w_out: Tensor, in8: Tensor | None, out8: Tensor | None) -> Tensor:
+    """relu(x w_in)^2 w_out^T (arXiv 2109.08668): normed x (T, width), both weights (width, hidden).
+
+    On Hopper ReLU^2, either way, is in the product; and forward products are e4m3, given such copies of the transposed w_in and of w_out.
+    """
+    if not on_hopper(x):
+        return mlp_reference(x, w_in, w_out)
+    return mlp_forward(x, w_in, w_out, None if in8 is None else to_e4m3(x.detach(), 1 / normed_scale(x)), in8, out8)[0]
 
 
 SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5) = 15 * (1 + tanh(z / 15))
@@ -854,33 +932,22 @@ def loss_backward(z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: b
     return dz, dzt
 
 
-def to_e4m3(x: Tensor, factor: float) -> Tensor:
-    """x (rows, columns) times a factor, in e4m3; what is beyond its range becomes its largest number."""
-    return (x.float() * factor).clamp(-448, 448).to(torch.float8_e4m3fn)
-
-
-def transposed(x: Tensor) -> Tensor:
-    """The transpose of x (rows, columns), contiguous. FP8 goes as bytes, and apart from to_e4m3: see _e5m2_pair."""
-    return x.t().contiguous()
-
-
 class _HeadLoss(torch.autograd.Function):
-    """The head's product and its loss on a GPU. In FP8 the gradients contract the FP8 copies that the forward pass made."""
+    """The head's product and its loss on a GPU. In FP8 the gradients contract the FP8 copies too."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, fp8):
-        if fp8:
-            # Norm bounds |x| by the root of the width: that maps onto e4m3's largest number, 448.
-            x_scale, w_scale = x.size(1) ** 0.5 / 448, 2.0**-9
-            x8, w8 = fused(to_e4m3, x, 1 / x_scale), fused(to_e4m3, weight, 1 / w_scale)
-            scales = [torch.full((), scale, device=x.device) for scale in (x_scale, w_scale, GRAD_SCALE)]
+    def forward(ctx, x, weight, targets, copies):
+        ctx.fp8 = copies is not None
+        if ctx.fp8:
+            x8, w8, w8t = copies
+            scales = [constant(scale, x.device) for scale in (normed_scale(x), WEIGHT_SCALE, GRAD_SCALE)]
             z = torch._scaled_mm(x8, w8.t(), scales[0], scales[1], out_dtype=torch.bfloat16, use_fast_accum=True)
-            operands = (x8, w8, *scales)
+            operands = (x8, w8t, *scales)
         else:
             z = x @ weight.t()
             operands = (x, weight)
-        loss, lse = loss_forward(z, targets, exact=not fp8)
-        ctx.fp8, ctx.z = fp8, z  # not a saved tensor: the largest of all, it goes before the products of the backward pass
+        loss, lse = loss_forward(z, targets, exact=not ctx.fp8)
+        ctx.z = z  # not a saved tensor: the largest of all, it goes before the products of the backward pass
         ctx.save_for_backward(targets, lse, *operands)
         return loss
 
@@ -892,20 +959,20 @@ class _HeadLoss(torch.autograd.Function):
         if not ctx.fp8:
             x, weight = operands
             return dz @ weight, (dz.t() @ x).float(), None, None
-        x8, w8, x_scale, w_scale, z_scale = operands
-        x8t, w8t = (fused(transposed, t.view(torch.uint8)).view(t.dtype) for t in (x8, w8))  # FP8 products want both operands contiguous along the sum
+        x8, w8t, x_scale, w_scale, z_scale = operands
+        x8t = fused(transposed, x8.view(torch.uint8)).view(x8.dtype)  # FP8 products want both operands contiguous along the sum
         dx = torch._scaled_mm(dz, w8t.t(), z_scale, w_scale, out_dtype=torch.bfloat16)
         dw = torch._scaled_mm(dzt, x8t.t(), z_scale, x_scale, out_dtype=torch.float32)
         return dx, dw, None, None
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, fp8: bool) -> Tensor:
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, copies: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
     """Loss of each token, float32 (T,), for normed activations x (T, width), head weight (classes, width), targets int32 (T,).
 
-    On a GPU the gradient of the weight comes out in float32; with fp8 the products are e4m3 x e4m3 forward, e5m2 x e4m3 back,
-    and the softcap is approximate.
+    On a GPU the gradient of the weight comes out in float32. Given e4m3 copies of x, of the weight and of its
+    transpose, the products are e4m3 x e4m3 forward, e5m2 x e4m3 back, and the softcap is approximate.
     """
-    return _HeadLoss.apply(x, weight, targets, fp8) if x.is_cuda else loss_reference(x @ weight.t(), targets)
+    return _HeadLoss.apply(x, weight, targets, copies) if x.is_cuda else loss_reference(x @ weight.t(), targets)
 
 
 @triton.jit
@@ -1002,15 +1069,18 @@ def embed(e: Tensor, gate: Tensor, s: Tensor) -> Tensor:
     return norm(torch.cat([e[:1], e[1:] + mixed]))
 
 
-def attention_path(x: Tensor, weight: Tensor, gate: Tensor, l0: Tensor, l1: Tensor, value: Tensor | None, rotary, visible) -> Tensor:
+def attention_path(
+    x: Tensor, weight: Tensor, gate: Tensor, copy: Tensor | None, l0: Tensor, l1: Tensor, value: Tensor | None, rotary, visible
+) -> Tensor:  # fmt: skip
     """One attention path over normed x (T, width).
 
     weight: (width, 4 width), the row-major view of Q, K, V and O, each output x input. gate: (heads, 12), one sigmoid gate a head.
-    value: rows of a value embedding (T, width), mixed into v (value residual, arXiv 2410.17897), or None.
+    copy: of weight in e4m3, or None. value: rows of a value embedding (T, width), mixed into v (value residual, arXiv 2410.17897), or None.
     """
     T, width = x.shape
     qkvo = weight.view(4, width, width)
-    qkv = F.linear(x, qkvo[:3].reshape(3 * width, width)).view(T, 3, len(gate), -1)
+    inner = [t if t is None else t.view(4 * width, width)[: 3 * width] for t in (weight, copy)]
+    qkv = linear(x, *inner).view(T, 3, len(gate), -1)
     cos, sin, scale = rotary
     y = attention(qkv, value, l0, l1, F.linear(x[:, :GATE_CHANNELS], gate), cos, sin, *visible, scale)
     return F.linear(y.reshape(T, width), qkvo[3])
@@ -1020,7 +1090,7 @@ def block(x: Tensor, x0: Tensor, skips, lambdas: Tensor, attention_paths, mlp_pa
     """One layer slot: the residual stream x (T, width) mixed with x0, plus its attention paths, plus its MLP paths.
 
     skips: pairs of a gate and a kept (T, width), which join x first. lambdas: (4,) float32, a row of GPT.lambdas. rotary: cos,
-    sin and scale of Rotary. visible: first and last of `attention`.
+    sin and scale of Rotary. visible: first and last of `attention`. A path: its matrices, then their copies in e4m3 or None.
     """
     for gate, kept in skips:
         x = x + torch.sigmoid(gate) * kept
@@ -1028,18 +1098,19 @@ def block(x: Tensor, x0: Tensor, skips, lambdas: Tensor, attention_paths, mlp_pa
     x = a * x + b * x0
     if attention_paths:
         normed = norm(x)
-        for weight, gate in attention_paths:
-            x = x + attention_path(normed, weight, gate, l0, l1, value, rotary, visible)
+        for path in attention_paths:
+            x = x + attention_path(normed, *path, l0, l1, value, rotary, visible)
     if mlp_paths:
         normed = norm(x)
-        for w_in, w_out in mlp_paths:
-            x = x + mlp(normed, w_in, w_out)
+        for path in mlp_paths:
+            x = x + mlp(normed, *path)
     return x
 
 
-def leave(x: Tensor, backout: Tensor, kept: Tensor | None) -> Tensor:
-    """The head's input: the residual stream (T, width) without its share, backout, of an earlier layer's output; then norm."""
-    return norm(x if kept is None else x - backout * kept)
+def leave(x: Tensor, backout: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The head's input, and its e4m3 copy: the residual stream (T, width) without its share, backout, of an earlier layer's output; then norm."""
+    x = norm(x if kept is None else x - backout * kept)
+    return x, to_e4m3(x.detach(), 1 / normed_scale(x))
 
 
 class Slot(nn.Module):
@@ -1072,7 +1143,7 @@ class GPT(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(s.seed)
         self.layers, self.skips, self.backout_layer = layer_table(s), skip_table(s), s.backout
-        self.fp8 = world.fp8
+        self.kinds, self.copies = {}, {}  # e4m3 copies: of all matrices of a kind, and of each parameter, as it is or transposed
         classes, width = s.classes, s.model_dim
         draw = lambda: nn.Parameter(torch.randn(classes, width, generator=generator).to(world.dtype))  # noqa: E731
         self.embedding = draw()
@@ -1090,13 +1161,30 @@ class GPT(nn.Module):
         # One graph serves every layer of a kind and every window; evaluation runs it uncompiled.
         self.compiled = [compiled(f) if world.device.type == "cuda" else f for f in (embed, block, leave)]
 
-    def trunk(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> Tensor:
-        """What the head reads: (T, width), normed. windows: how many tokens back short and long layers see.
+    @torch.no_grad()
+    def quantize(self):
+        """Make the e4m3 copies of weights by which training goes on in FP8; later calls renew them in place, as a CUDA graph needs."""
+        slots = self.slots if on_hopper(self.head) else ()
+        of = lambda name: [p for slot in slots for p in getattr(slot, name)]  # noqa: E731
+        kinds = ((of("attention"), False), (of("mlp_in"), True), (of("mlp_out"), False), ([self.head], False), ([self.head], True))
+        for kind, (parameters, turned) in enumerate(kinds):
+            if parameters:
+                new = fused(to_e4m3, torch.stack(parameters), 1 / WEIGHT_SCALE)
+                new = fused(transposed, new.view(torch.uint8)).view(new.dtype) if turned else new
+                if kind in self.kinds:
+                    self.kinds[kind].copy_(new)
+                else:
+                    self.kinds[kind] = new
+                    self.copies |= {(p, turned): copy for p, copy in zip(parameters, new, strict=True)}
+
+    def trunk(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the head reads: (T, width), normed, and its e4m3 copy. windows: how many tokens back short and long layers see.
 
         They may be int32 tensors, which a CUDA graph reads anew.
         """
         self.fetch((self.smear_gate, self.scalars, self.lambdas, self.embedding, *self.values))
         embed_, block_, leave_ = self.compiled if self.training else (embed, block, leave)
+        copies = self.copies if self.training else {}
         at = torch.arange(len(batch.inputs), dtype=torch.int32, device=batch.inputs.device)
         visible = {
             name: (torch.maximum(batch.first, at - window), torch.minimum(batch.last, at + window))
@@ -1112,8 +1200,8 @@ class GPT(nn.Module):
             if layer.attention or layer.mlp:
                 self.fetch(slot.parameters())
                 skips = tuple((gate, kept[a]) for (a, b), gate in zip(self.skips, skip_gates, strict=True) if b == i)
-                attention_paths = tuple(zip(slot.attention, slot.gate, strict=True))
-                mlp_paths = tuple(zip(slot.mlp_in, slot.mlp_out, strict=True))
+                attention_paths = tuple((w, gate, copies.get((w, False))) for w, gate in zip(slot.attention, slot.gate, strict=True))
+                mlp_paths = tuple((w, v, copies.get((w, True)), copies.get((v, False))) for w, v in zip(slot.mlp_in, slot.mlp_out, strict=True))
                 value = values[layer.value] if layer.attention and layer.value >= 0 else None
                 x = block_(x, x0, skips, lambdas, attention_paths, mlp_paths, value, rotary, visible[layer.window])
             if i in wanted:
@@ -1122,17 +1210,18 @@ class GPT(nn.Module):
 
     def forward(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> Tensor:
         """Loss of each token of the batch, float32 (T,); arguments as in `trunk`."""
-        x = self.trunk(batch, windows)
+        x, x8 = self.trunk(batch, windows)
         self.fetch((self.head,))
         if self.training:
-            return head_loss(x, self.head, batch.targets, self.fp8)
+            copies = (x8, self.copies[self.head, False], self.copies[self.head, True]) if self.copies else None
+            return head_loss(x, self.head, batch.targets, copies)
         # Evaluation: no FP8, and a slice at a time, since all logits at once would not fit.
         slices = zip(x.split(8192), batch.targets.split(8192), strict=True)
-        return torch.cat([head_loss(part, self.head, targets, False) for part, targets in slices])
+        return torch.cat([head_loss(part, self.head, targets) for part, targets in slices])
 
     def logits(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> Tensor:
         """Softcapped logits, float32 (T, classes), the classes beyond the vocabulary included; arguments as in `trunk`."""
-        return softcap(self.trunk(batch, windows) @ self.head.t())
+        return softcap(self.trunk(batch, windows)[0] @ self.head.t())
 
 
 # ======================================================================================================================
@@ -1599,6 +1688,9 @@ class Trainer:
         Returns, float32 (2,) on the device, the mean loss of the whole step and how many ranks want to stop.
         """
         self.model.train()
+        if self.world.fp8:
+            self.fetch(self.stack_of)
+            self.model.quantize()
         self.total.zero_()
         for kept, window in zip(self.windows, windows, strict=True):
             kept.fill_(window)

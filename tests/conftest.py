@@ -34,4 +34,15 @@ def _inline_asm(self, asm, constraints, values, types, pure, pack):
 
 
 InterpreterBuilder.create_inline_asm = _inline_asm
+_fp_to_fp = InterpreterBuilder.create_fp_to_fp
+
+
+def _rounded(self, source, kind, mode):
+    """The interpreter of Triton 3.7.1 loses the carry of a mantissa that it rounds up to e4m3."""
+    if (source.dtype.scalar, kind.scalar) != (tl.float32, tl.float8e4nv):
+        return _fp_to_fp(self, source, kind, mode)
+    return TensorHandle(torch.from_numpy(source.data).to(torch.float8_e4m3fn).view(torch.uint8).numpy(), kind.scalar)
+
+
+InterpreterBuilder.create_fp_to_fp = _rounded
 InterpreterBuilder.create_dot = lambda self, a, b, d, *rest: _dot(self, _widened(a), _widened(b), d, *rest)

@@ -37,11 +37,13 @@ def heads(constants):
     return {"EPS": 2.0**-23, "H": 6, "D": 128, "HALF": 64, "BM": 16} | constants, types, 4, 3
 
 
-def mlp(backward):
+def mlp(backward, fp8=False):
     BM, BN, BK, warps, stages = g.MLP_TILE
-    constants = {"BACKWARD": backward, "BM": BM, "BN": BN, "BK": BK} | ({} if backward else {"hidden": None})
-    half = f"tensordesc<bf16[{BM}, {BN // 2}]>"
-    types = {"a": f"tensordesc<bf16[{BM}, {BK}]>", "b": f"tensordesc<bf16[{BK}, {BN}]>", "out": half, "hidden": half}
+    kind, BK = ("fp8e4nv", BK) if fp8 else ("bf16", BK // 2)
+    constants = {"SCALE": 1.0, "TURNED": fp8, "BM": BM, "BN": BN, "BK": BK} | ({} if backward else {"hidden": None}) | ({} if fp8 else {"out8": None})
+    half = f"[{BM}, {BN // 2}]>"
+    types = {"a": f"tensordesc<{kind}[{BM}, {BK}]>", "b": f"tensordesc<{kind}[{BN}, {BK}]>" if fp8 else f"tensordesc<{kind}[{BK}, {BN}]>"}
+    types |= {"out": "tensordesc<bf16" + half, "out8": "tensordesc<fp8e4nv" + half, "hidden": "tensordesc<bf16" + half}
     return constants, types | dict.fromkeys(("N", "K", "PROGRAMS"), "i32"), warps, stages
 
 
@@ -53,6 +55,7 @@ KERNELS = {
     "key": (g._attention_key_kernel, *tiles("key")),
     "key without value": (g._attention_key_kernel, *tiles("key", {"value_tiles": None, "dvalue_tiles": None})),
     "mlp": (g._mlp_kernel, *mlp(False)),
+    "mlp fp8": (g._mlp_kernel, *mlp(False, fp8=True)),
     "mlp backward": (g._mlp_kernel, *mlp(True)),
     "loss": (g._loss_kernel, CAP | {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
     "loss exact": (g._loss_kernel, CAP | {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
@@ -70,7 +73,7 @@ print(json.dumps({"wgmma": compiled.asm["ptx"].count("wgmma.mma_async"), "shared
 """
 
 
-@pytest.mark.parametrize("kernel", ["heads", "heads without value", "forward", "query", "key", "key without value", "mlp", "mlp backward", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "scatter"])
+@pytest.mark.parametrize("kernel", ["heads", "heads without value", "forward", "query", "key", "key without value", "mlp", "mlp fp8", "mlp backward", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "scatter"])
 def test_kernel_compiles_for_hopper(kernel, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -80,4 +83,4 @@ def test_kernel_compiles_for_hopper(kernel, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["size"] > 1000 and found["shared"] <= 227 * 1024
-    assert found["wgmma"] > 0 or kernel not in ("forward", "query", "key", "key without value", "mlp", "mlp backward")  # else it is on a slower path
+    assert found["wgmma"] > 0 or kernel not in ("forward", "query", "key", "key without value", "mlp", "mlp fp8", "mlp backward")  # else it is on a slower path
