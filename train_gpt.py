@@ -391,32 +391,162 @@ def constant(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, device=device)
 
 
-@torch.library.custom_op("speedrun::linear_fp8", mutates_args=())
-def linear_fp8(x: Tensor, x8: Tensor, weight: Tensor, weight8: Tensor) -> Tensor:
-    """Normed x (T, width) times weight (n, width) transposed, (T, n) of x's dtype, by their e4m3 copies; gradients are the exact product's."""
-    scales = (constant(scale, x.device) for scale in (normed_scale(x), WEIGHT_SCALE))
-    return torch._scaled_mm(x8, weight8.t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
+def product(x: Tensor, x8: Tensor | None, weight: Tensor, weight8: Tensor | None, scale: float) -> Tensor:
+    """x (T, width) times weight (n, width) transposed, in x's dtype; by their e4m3 copies, that of x over a scale, where there are any."""
+    if weight8 is None:
+        return F.linear(x, weight)
+    return torch._scaled_mm(x8, weight8.t(), constant(scale, x.device), constant(WEIGHT_SCALE, x.device), out_dtype=x.dtype, use_fast_accum=True)
 
 
-@linear_fp8.register_fake
-def _(x, x8, weight, weight8):
-    return x.new_empty(x.size(0), weight.size(0))
+@torch.library.custom_op("speedrun::linear", mutates_args=())
+def linear_forward(x: Tensor, x8: Tensor | None, weight: Tensor, weight8: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The twin of `linear_reference` on a GPU, of which the gradients are the exact products'; instead of no gates, an empty tensor."""
+    y = product(x, x8, weight, weight8, normed_scale(x))
+    return y, x.new_empty(0) if gate is None else F.linear(x[:, : gate.size(1)], gate)
+
+
+@torch.library.custom_op("speedrun::linear_backward", mutates_args=())
+def linear_backward(dy: Tensor, dgates: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of weight and of gate, empty if there is none."""
+    dx, dweight = dy @ weight, dy.t() @ x
+    if gate is None:
+        return dx, dweight, x.new_empty(0)
+    channels = gate.size(1)
+    dx[:, :channels] += dgates @ gate
+    return dx, dweight, dgates.t() @ x[:, :channels]
+
+
+@linear_forward.register_fake
+def _(x, x8, weight, weight8, gate):
+    return x.new_empty(x.size(0), weight.size(0)), x.new_empty(0) if gate is None else x.new_empty(x.size(0), gate.size(0))
+
+
+@linear_backward.register_fake
+def _(dy, dgates, x, weight, gate):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
 
 
 def _save_linear(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], inputs[2])
+    x, _, weight, _, gate = inputs
+    ctx.save_for_backward(x, weight, gate)
 
 
-linear_fp8.register_autograd(
-    lambda ctx, dout: (dout @ ctx.saved_tensors[1], None, dout.t() @ ctx.saved_tensors[0], None), setup_context=_save_linear
-)
+def _linear_gradients(ctx, dy, dgates):
+    dx, dweight, dgate = linear_backward(dy, dgates, *ctx.saved_tensors)
+    return dx, None, dweight, None, dgate if ctx.needs_input_grad[4] else None
 
 
-def linear(x: Tensor, weight: Tensor, weight8: Tensor | None) -> Tensor:
-    """F.linear of normed x, in e4m3 where there is such a copy of the weight (over WEIGHT_SCALE)."""
-    if weight8 is None:
-        return F.linear(x, weight)
-    return linear_fp8(x, to_e4m3(x.detach(), 1 / normed_scale(x)), weight, weight8)
+linear_forward.register_autograd(_linear_gradients, setup_context=_save_linear)
+
+
+def linear_reference(x: Tensor, weight: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x (T, width) times weight (n, width) transposed; and x's first channels times gate (heads, 12) transposed, if there is one."""
+    return F.linear(x, weight), gate if gate is None else F.linear(x[:, : gate.size(1)], gate)
+
+
+def linear(x: Tensor, x8: Tensor | None, weight: Tensor, weight8: Tensor | None, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """`linear_reference`, on a GPU as one operation: its gradients add up in place, and no compiler makes an addition of x part of it,
+
+    for which cuBLAS wants a copy of x first. By e4m3 copies, where there are any, if x is normed.
+    """
+    return linear_forward(x, x8, weight, weight8, gate) if x.is_cuda else linear_reference(x, weight, gate)
+
+
+def mix_reference(x: Tensor, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two of lambdas times x and x0 (T, width), added; and that, normed."""
+    x = lambdas[0] * x + lambdas[1] * x0
+    return x, norm(x)
+
+
+@triton.jit
+def _mix_kernel(
+    x_ptr, x0_ptr, lambdas_ptr, mixed_ptr, normed_ptr, copy_ptr, T, W,
+    FACTOR: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    at, inside = rows[:, None] * W + columns[None, :], (rows < T)[:, None] & (columns < W)[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(lambdas_ptr) * x + tl.load(lambdas_ptr + 1) * x0
+    tl.store(mixed_ptr + at, x.to(mixed_ptr.dtype.element_ty), mask=inside)
+    x *= tl.rsqrt(tl.sum(x * x, 1) / W + EPS)[:, None]
+    tl.store(normed_ptr + at, x.to(normed_ptr.dtype.element_ty), mask=inside)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + at, tl.clamp(x * FACTOR, -448.0, 448.0, tl.PropagateNan.ALL).to(copy_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _mix_backward_kernel(
+    x_ptr, x0_ptr, lambdas_ptr, dmixed_ptr, dnormed_ptr, dx_ptr, dx0_ptr, sums_ptr, T, W,
+    ADD: tl.constexpr, EPS: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x; that of x0, added to what is there or in its place; and, a row a program, terms of those of lambdas."""
+    columns = tl.arange(0, BLOCK)
+    a, b = tl.load(lambdas_ptr), tl.load(lambdas_ptr + 1)
+    sum_a, sum_b = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for step in range(STEPS):
+        rows = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        at, inside = rows[:, None] * W + columns[None, :], (rows < T)[:, None] & (columns < W)[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dnormed = tl.load(dnormed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dmixed = tl.load(dmixed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        normed = a * x + b * x0
+        factor = tl.rsqrt(tl.sum(normed * normed, 1) / W + EPS)[:, None]
+        normed *= factor
+        dmixed += (dnormed - normed * (tl.sum(dnormed * normed, 1) / W)[:, None]) * factor
+        tl.store(dx_ptr + at, (a * dmixed).to(dx_ptr.dtype.element_ty), mask=inside)
+        sum_a += tl.sum(dmixed * x, 1)
+        sum_b += tl.sum(dmixed * x0, 1)
+        dx0 = b * dmixed
+        if ADD:
+            dx0 += tl.load(dx0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
+    tl.store(sums_ptr + 4 * tl.program_id(0), tl.sum(sum_a, 0))
+    tl.store(sums_ptr + 4 * tl.program_id(0) + 1, tl.sum(sum_b, 0))
+
+
+class _Mix(torch.autograd.Function):
+    """The Triton twin of `mix_reference`. All layers add to one gradient of x0, which the first of them hands on."""
+
+    TILE = dict(EPS=torch.finfo(torch.float32).eps, ROWS=4, num_warps=8)
+
+    @staticmethod
+    def forward(ctx, x, x0, lambdas, shared, fp8):
+        (T, W), mixed, normed = x.shape, torch.empty_like(x), torch.empty_like(x)
+        copy = torch.empty_like(x, dtype=torch.float8_e4m3fn) if fp8 else None
+        factor = 1 / normed_scale(x)
+        _mix_kernel[(triton.cdiv(T, 4),)](x, x0, lambdas, mixed, normed, copy, T, W, FACTOR=factor, BLOCK=triton.next_power_of_2(W), **_Mix.TILE)
+        ctx.save_for_backward(x, x0, lambdas)
+        ctx.shared, ctx.first = shared, "first" not in shared
+        shared["first"] = True
+        if fp8:
+            ctx.mark_non_differentiable(copy)
+        return mixed, normed, copy
+
+    @staticmethod
+    def backward(ctx, dmixed, dnormed, _):
+        x, x0, lambdas = ctx.saved_tensors
+        (T, W), dx, steps = x.shape, torch.empty_like(x), 8
+        programs = triton.cdiv(T, 4 * steps)
+        if add := "gradient" in ctx.shared:
+            dx0 = ctx.shared["gradient"]
+        else:
+            dx0 = ctx.shared["gradient"] = torch.empty_like(x0)
+        sums = lambdas.new_zeros(programs, 4)
+        _mix_backward_kernel[(programs,)](
+            x, x0, lambdas, dmixed.contiguous(), dnormed.contiguous(), dx, dx0, sums, T, W,
+            ADD=add, STEPS=steps, BLOCK=triton.next_power_of_2(W), **_Mix.TILE,
+        )  # fmt: skip
+        return dx, ctx.shared.pop("gradient") if ctx.first else None, sums.sum(0), None, None
+
+
+def mix(x: Tensor, x0: Tensor, lambdas: Tensor, shared: dict, fp8: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The residual stream x (T, width) mixed with x0 by the first two of lambdas (4,), float32; that, normed; and with fp8 its e4m3 copy.
+
+    shared: one dict, empty at first, for all layers that mix this x0 in.
+    """
+    return _Mix.apply(x, x0, lambdas, shared, fp8) if x.is_cuda else (*mix_reference(x, x0, lambdas), None)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -776,8 +906,7 @@ def mlp_forward(
         return F.linear(hidden, w_out), hidden
     hidden8 = torch.empty_like(hidden, dtype=x8.dtype)
     _mlp_launch(x8, in8, hidden, hidden8, scale=normed_scale(x) * WEIGHT_SCALE)
-    scales = (constant(scale, x.device) for scale in (1.0, WEIGHT_SCALE))
-    return torch._scaled_mm(hidden8, out8.t(), *scales, out_dtype=x.dtype, use_fast_accum=True), hidden
+    return product(hidden, hidden8, w_out, out8, 1.0), hidden
 
 
 @torch.library.custom_op("speedrun::mlp_backward", mutates_args=())
@@ -805,14 +934,12 @@ def _save_mlp(ctx, inputs, output):
 mlp_forward.register_autograd(lambda ctx, dout, _: (*mlp_backward(dout, *ctx.saved_tensors), None, None, None), setup_context=_save_mlp)
 
 
-def mlp(x: Tensor, w_in: Tensor, w_out: Tensor, in8: Tensor | None, out8: Tensor | None) -> Tensor:
+def mlp(x: Tensor, x8: Tensor | None, w_in: Tensor, w_out: Tensor, in8: Tensor | None, out8: Tensor | None) -> Tensor:
     """relu(x w_in)^2 w_out^T (arXiv 2109.08668): normed x (T, width), both weights (width, hidden).
 
-    On Hopper ReLU^2, either way, is in the product; and forward products are e4m3, given such copies of the transposed w_in and of w_out.
+    On Hopper ReLU^2, either way, is in the product; and forward products are e4m3, given such copies of x, of the transposed w_in and of w_out.
     """
-    if not on_hopper(x):
-        return mlp_reference(x, w_in, w_out)
-    return mlp_forward(x, w_in, w_out, None if in8 is None else to_e4m3(x.detach(), 1 / normed_scale(x)), in8, out8)[0]
+    return mlp_forward(x, w_in, w_out, x8, in8, out8)[0] if on_hopper(x) else mlp_reference(x, w_in, w_out)
 
 
 SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5) = 15 * (1 + tanh(z / 15))
@@ -1070,47 +1197,48 @@ def embed(e: Tensor, gate: Tensor, s: Tensor) -> Tensor:
 
 
 def attention_path(
-    x: Tensor, weight: Tensor, gate: Tensor, copy: Tensor | None, l0: Tensor, l1: Tensor, value: Tensor | None, rotary, visible
+    x: Tensor, x8: Tensor | None, weight: Tensor, gate: Tensor, copy: Tensor | None, l0: Tensor, l1: Tensor, value: Tensor | None, rotary, visible
 ) -> Tensor:  # fmt: skip
     """One attention path over normed x (T, width).
 
     weight: (width, 4 width), the row-major view of Q, K, V and O, each output x input. gate: (heads, 12), one sigmoid gate a head.
-    copy: of weight in e4m3, or None. value: rows of a value embedding (T, width), mixed into v (value residual, arXiv 2410.17897), or None.
+    x8, copy: x and weight in e4m3, or None. value: rows of a value embedding (T, width), mixed into v (value residual, arXiv 2410.17897), or None.
     """
     T, width = x.shape
     qkvo = weight.view(4, width, width)
     inner = [t if t is None else t.view(4 * width, width)[: 3 * width] for t in (weight, copy)]
-    qkv = linear(x, *inner).view(T, 3, len(gate), -1)
+    qkv, gates = linear(x, x8, *inner, gate)
     cos, sin, scale = rotary
-    y = attention(qkv, value, l0, l1, F.linear(x[:, :GATE_CHANNELS], gate), cos, sin, *visible, scale)
-    return F.linear(y.reshape(T, width), qkvo[3])
+    y = attention(qkv.view(T, 3, len(gate), -1), value, l0, l1, gates, cos, sin, *visible, scale)
+    return linear(y.reshape(T, width), None, qkvo[3], None)[0]
 
 
-def block(x: Tensor, x0: Tensor, skips, lambdas: Tensor, attention_paths, mlp_paths, value: Tensor | None, rotary, visible) -> Tensor:
-    """One layer slot: the residual stream x (T, width) mixed with x0, plus its attention paths, plus its MLP paths.
+def join(x: Tensor, gate: Tensor, kept: Tensor) -> Tensor:
+    """A long skip: the residual stream x (T, width) and what was kept of it, times its gate's sigmoid."""
+    return x + torch.sigmoid(gate) * kept
 
-    skips: pairs of a gate and a kept (T, width), which join x first. lambdas: (4,) float32, a row of GPT.lambdas. rotary: cos,
-    sin and scale of Rotary. visible: first and last of `attention`. A path: its matrices, then their copies in e4m3 or None.
+
+def block(x: Tensor, normed: Tensor, copy: Tensor | None, lambdas: Tensor, attention_paths, mlp_paths, value: Tensor | None, rotary, visible) -> Tensor:
+    """One layer slot: the residual stream x (T, width), plus its attention paths, plus its MLP paths.
+
+    normed, copy: x normed, and that in e4m3 or None. lambdas: (4,) float32, a row of GPT.lambdas. rotary: cos, sin and scale of
+    Rotary. visible: first and last of `attention`. A path: its matrices, then their copies in e4m3 or None.
     """
-    for gate, kept in skips:
-        x = x + torch.sigmoid(gate) * kept
-    a, b, l0, l1 = lambdas.unbind()
-    x = a * x + b * x0
-    if attention_paths:
+    _, _, l0, l1 = lambdas.unbind()
+    for path in attention_paths:
+        x = x + attention_path(normed, copy, *path, l0, l1, value, rotary, visible)
+    if attention_paths and mlp_paths:
         normed = norm(x)
-        for path in attention_paths:
-            x = x + attention_path(normed, *path, l0, l1, value, rotary, visible)
-    if mlp_paths:
-        normed = norm(x)
-        for path in mlp_paths:
-            x = x + mlp(normed, *path)
+        copy = None if copy is None else to_e4m3(normed.detach(), 1 / normed_scale(x))
+    for path in mlp_paths:
+        x = x + mlp(normed, copy, *path)
     return x
 
 
-def leave(x: Tensor, backout: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The head's input, and its e4m3 copy: the residual stream (T, width) without its share, backout, of an earlier layer's output; then norm."""
+def leave(x: Tensor, backout: Tensor, kept: Tensor | None, fp8: bool) -> tuple[Tensor, Tensor | None]:
+    """The head's input: the residual stream (T, width) without its share, backout, of an earlier layer's output; then norm. With fp8, its e4m3 copy."""
     x = norm(x if kept is None else x - backout * kept)
-    return x, to_e4m3(x.detach(), 1 / normed_scale(x))
+    return x, to_e4m3(x.detach(), 1 / normed_scale(x)) if fp8 else None
 
 
 class Slot(nn.Module):
@@ -1159,7 +1287,7 @@ class GPT(nn.Module):
         self.to(world.device)
         self.fetch = lambda parameters: None  # called before parameters are read; Trainer waits there for their communication
         # One graph serves every layer of a kind and every window; evaluation runs it uncompiled.
-        self.compiled = [compiled(f) if world.device.type == "cuda" else f for f in (embed, block, leave)]
+        self.compiled = [compiled(f) if world.device.type == "cuda" else f for f in (embed, join, block, leave)]
 
     @torch.no_grad()
     def quantize(self):
@@ -1177,13 +1305,13 @@ class GPT(nn.Module):
                     self.kinds[kind] = new
                     self.copies |= {(p, turned): copy for p, copy in zip(parameters, new, strict=True)}
 
-    def trunk(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the head reads: (T, width), normed, and its e4m3 copy. windows: how many tokens back short and long layers see.
+    def trunk(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What the head reads: (T, width), normed, and in FP8 training its e4m3 copy. windows: how many tokens back short and long layers see.
 
         They may be int32 tensors, which a CUDA graph reads anew.
         """
         self.fetch((self.smear_gate, self.scalars, self.lambdas, self.embedding, *self.values))
-        embed_, block_, leave_ = self.compiled if self.training else (embed, block, leave)
+        embed_, join_, block_, leave_ = self.compiled if self.training else (embed, join, block, leave)
         copies = self.copies if self.training else {}
         at = torch.arange(len(batch.inputs), dtype=torch.int32, device=batch.inputs.device)
         visible = {
@@ -1194,19 +1322,21 @@ class GPT(nn.Module):
         smear, backout, *skip_gates = self.scalars.unbind()
         values = [lookup(batch.inputs, table) for table in self.values]
         x0 = embed_(lookup(batch.inputs, self.embedding), self.smear_gate, smear)
-        x = x0.view_as(x0)  # another tensor object, or the first block would be compiled for itself
+        x, shared = x0, {}
         kept, wanted = {}, {self.backout_layer, *(source for source, _ in self.skips)}
         for i, (layer, slot, lambdas) in enumerate(zip(self.layers, self.slots, self.lambdas.unbind(), strict=True)):
             if layer.attention or layer.mlp:
                 self.fetch(slot.parameters())
-                skips = tuple((gate, kept[a]) for (a, b), gate in zip(self.skips, skip_gates, strict=True) if b == i)
+                for (source, target), gate in zip(self.skips, skip_gates, strict=True):
+                    x = join_(x, gate, kept[source]) if target == i else x
+                mixed = mix(x, x0, lambdas, shared, bool(copies))
                 attention_paths = tuple((w, gate, copies.get((w, False))) for w, gate in zip(slot.attention, slot.gate, strict=True))
                 mlp_paths = tuple((w, v, copies.get((w, True)), copies.get((v, False))) for w, v in zip(slot.mlp_in, slot.mlp_out, strict=True))
                 value = values[layer.value] if layer.attention and layer.value >= 0 else None
-                x = block_(x, x0, skips, lambdas, attention_paths, mlp_paths, value, rotary, visible[layer.window])
+                x = block_(*mixed, lambdas, attention_paths, mlp_paths, value, rotary, visible[layer.window])
             if i in wanted:
                 kept[i] = x
-        return leave_(x, backout, kept.get(self.backout_layer))
+        return leave_(x, backout, kept.get(self.backout_layer), bool(copies))
 
     def forward(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> Tensor:
         """Loss of each token of the batch, float32 (T,); arguments as in `trunk`."""

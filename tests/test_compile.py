@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 import train_gpt as g
 
 TYPES = {"T": "i32", "V": "i32", "C": "i32", "QUADS": "i32", "target_ptr": "*i32", "tokens_ptr": "*i32", "first_ptr": "*i32", "last_ptr": "*i32"}
-FLOATS = ("lse_ptr", "delta_ptr", "scale_ptr", "loss_ptr", "dloss_ptr", "table_ptr")
+FLOATS = ("lse_ptr", "delta_ptr", "scale_ptr", "loss_ptr", "dloss_ptr", "table_ptr", "lambdas_ptr", "sums_ptr")
 TYPES |= {name: "*fp32" for name in FLOATS} | {"words_ptr": "*i32"}
 CAP = {"CAP": g.TANH_CAP, "SLOPE": g.TANH_SLOPE}
 
@@ -61,6 +61,8 @@ KERNELS = {
     "loss exact": (g._loss_kernel, CAP | {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
     "loss backward fp8": (g._loss_backward_kernel, CAP | {"GAIN": 448.0, "FP8": True, "BM": 16, "BN": 128}, {"dz_ptr": "*u8"}, 4, 3),
     "loss backward bf16": (g._loss_backward_kernel, CAP | {"GAIN": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 128}, {}, 4, 3),
+    "mix": (g._mix_kernel, {"FACTOR": 16.0, "EPS": 1e-7, "ROWS": 4, "BLOCK": 1024}, {"copy_ptr": "*fp8e4nv", "W": "i32"}, 8, 3),
+    "mix backward": (g._mix_backward_kernel, {"ADD": True, "EPS": 1e-7, "STEPS": 8, "ROWS": 4, "BLOCK": 1024}, {"W": "i32"}, 8, 3),
     "scatter": (g._scatter_add_kernel, {"BLOCK": 256}, {}, 2, 3),
 }
 kernel, constants, types, warps, stages = KERNELS[sys.argv[1]]
@@ -73,7 +75,7 @@ print(json.dumps({"wgmma": compiled.asm["ptx"].count("wgmma.mma_async"), "shared
 """
 
 
-@pytest.mark.parametrize("kernel", ["heads", "heads without value", "forward", "query", "key", "key without value", "mlp", "mlp fp8", "mlp backward", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "scatter"])
+@pytest.mark.parametrize("kernel", ["heads", "heads without value", "forward", "query", "key", "key without value", "mlp", "mlp fp8", "mlp backward", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "mix", "mix backward", "scatter"])
 def test_kernel_compiles_for_hopper(kernel, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

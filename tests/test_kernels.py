@@ -137,7 +137,7 @@ def test_fp8_products(T, width, hidden, monkeypatch):
     assert relative(out, rounded(wanted, 1.0) @ out8.t()) < 2e-2
     assert 1e-3 < relative(out, train_gpt.mlp_reference(x.double(), w_in.double(), w_out.double())) < 1 / 16
     leaves = [x.clone().requires_grad_(), w.t().contiguous().requires_grad_()]
-    product, dout = train_gpt.linear(*leaves, copy(leaves[1].detach())), torch.randn(T, hidden).bfloat16()
+    (product, _), dout = train_gpt.linear_forward(leaves[0], xe, leaves[1], copy(leaves[1].detach()), None), torch.randn(T, hidden).bfloat16()
     product.backward(dout)
     assert relative(product.detach(), x8 @ w8) < 1e-2
     assert relative(leaves[0].grad, dout.double() @ w.t().double()) < 1e-2 and relative(leaves[1].grad, dout.t().double() @ x.double()) < 1e-2
@@ -217,6 +217,36 @@ def test_norm():
     assert relative(train_gpt.norm(x.float()), wanted) < 1e-6
 
 
+@pytest.mark.parametrize("T, width", [(37, 48), (130, 768)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_mix(T, width, dtype, tolerance):
+    """Two layers that mix the same x0: outputs, the e4m3 copy and all gradients, of which that of x0 is one for both."""
+    torch.manual_seed(T)
+    x, x0 = (torch.randn(T, width).to(dtype).requires_grad_() for _ in range(2))
+    lambdas = [torch.tensor([1.1, 0.3, 0.5, 0.5], requires_grad=True), torch.tensor([0.9, -0.2, 0.5, 0.5], requires_grad=True)]
+    douts = [torch.randn(T, width).to(dtype) for _ in range(3)]
+
+    def run(mix, x, x0, douts, first, second):
+        once, normed = mix(x, x0, first)
+        twice, again = mix(once + 0.5 * normed, x0, second)
+        torch.autograd.backward((normed, twice, again), douts)
+        return normed, twice, again, x.grad, x0.grad, first.grad, second.grad
+
+    shared, copies = {}, []
+
+    def ours(*tensors):
+        *outputs, copy = train_gpt._Mix.apply(*tensors, shared, True)
+        copies.append(copy)
+        return outputs
+
+    found = run(ours, x, x0, douts, *lambdas)
+    exact = [t.detach().double().requires_grad_() for t in (x, x0)]
+    wanted = run(train_gpt.mix_reference, *exact, [t.double() for t in douts], *(t.detach().double().requires_grad_() for t in lambdas))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert relative(ours.detach(), theirs.detach()) < tolerance
+    assert relative(copies[1].double() * train_gpt.normed_scale(x), wanted[2].detach()) < 1 / 16
+
+
 @pytest.mark.parametrize("mixed, fp8", [(True, False), (False, False), (True, True)])
 def test_compiled_block(mixed, fp8, monkeypatch):
     """The block as a GPU trains it, traced as one graph around the kernels, which run where they can: output and gradients are the plain ones'."""
@@ -224,22 +254,25 @@ def test_compiled_block(mixed, fp8, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(train_gpt, "attention", lambda *tensors: train_gpt.attention_forward(*tensors)[0])
         monkeypatch.setattr(train_gpt, "on_hopper", lambda x: True)
+        monkeypatch.setattr(train_gpt, "linear", lambda *tensors: train_gpt.linear_forward(*tensors, *[None] * (5 - len(tensors))))
         monkeypatch.setattr(train_gpt, "MLP_TILE", (32, 64, 32, 4, 2))
     torch.manual_seed(0)
     T, heads, width = 96, 2, 64
     first, last = visible([40, 56], T, 30)
     angles = torch.randn(T, 16)
     rotary = (angles.cos(), angles.sin(), torch.tensor(0.1))
-    shapes = ((T, width), (T, width), (T, width), (T, width), (width, 4 * width), (heads, 12), (width, 4 * width), (width, 4 * width))
+    shapes = ((T, width), (T, width), (T, width), (width, 4 * width), (heads, 12), (width, 4 * width), (width, 4 * width))
     leaves = [torch.randn(shape) * (0.1 if shape == (width, 4 * width) else 1.0) for shape in shapes]
-    scalars, dout = [torch.tensor([1.1, 0.2, 0.5, 0.4]), torch.tensor(-1.0)], torch.randn(T, width)
+    scalars, dout = [torch.tensor([1.1, 0.2, 0.5, 0.4])], torch.randn(T, width)
 
     def run(block, move, fp8):
-        x, x0, value, kept, qkvo, gate, w_in, w_out, lambdas, skip = tensors = [move(t).detach().requires_grad_() for t in leaves + scalars]
+        x, x0, value, qkvo, gate, w_in, w_out, lambdas = tensors = [move(t).detach().requires_grad_() for t in leaves + scalars]
         cos, sin, scale = (move(t) for t in rotary)
         bounds = (first.to(x.device), last.to(x.device))
         copies = [train_gpt.to_e4m3(w.detach(), 1 / train_gpt.WEIGHT_SCALE) if fp8 else None for w in (qkvo, w_in.t().contiguous(), w_out)]
-        out = block(x, x0, ((skip, kept),), lambdas, ((qkvo, gate, copies[0]),), ((w_in, w_out, *copies[1:]),), value if mixed else None, (cos, sin, scale), bounds)
+        mixed = train_gpt.mix_reference(x, x0, lambdas)
+        copy = train_gpt.to_e4m3(mixed[1].detach(), 1 / train_gpt.normed_scale(x)) if fp8 else None
+        out = block(*mixed, copy, lambdas, ((qkvo, gate, copies[0]),), ((w_in, w_out, *copies[1:]),), value if mixed else None, (cos, sin, scale), bounds)
         out.backward(move(dout))
         return out.detach(), *(t.grad for t in tensors if mixed or t is not value)
 
