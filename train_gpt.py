@@ -477,46 +477,49 @@ def _mix_kernel(
 
 @triton.jit
 def _mix_backward_kernel(
-    x_ptr, x0_ptr, lambdas_ptr, dmixed_ptr, dnormed_ptr, dx_ptr, dx0_ptr, sums_ptr, T, W,
-    ADD: tl.constexpr, EPS: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, x0_ptr, lambdas_ptr, dmixed_ptr, dnormed_ptr, dx_ptr, dx0_ptr, sums_ptr, T, W, PROGRAMS,
+    ADD: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x; that of x0, added to what is there or in its place; and, a row a program, terms of those of lambdas."""
     columns = tl.arange(0, BLOCK)
+    inside = columns < W
     a, b = tl.load(lambdas_ptr), tl.load(lambdas_ptr + 1)
-    sum_a, sum_b = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    for step in range(STEPS):
-        rows = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        at, inside = rows[:, None] * W + columns[None, :], (rows < T)[:, None] & (columns < W)[None, :]
+    sum_a, sum_b = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+    for row in range(tl.program_id(0), T, PROGRAMS):
+        at = row * W.to(tl.int64) + columns
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dnormed = tl.load(dnormed_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dmixed = tl.load(dmixed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        normed = a * x + b * x0
-        factor = tl.rsqrt(tl.sum(normed * normed, 1) / W + EPS)[:, None]
-        normed *= factor
-        dmixed += (dnormed - normed * (tl.sum(dnormed * normed, 1) / W)[:, None]) * factor
+        if ADD:
+            before = tl.load(dx0_ptr + at, mask=inside, other=0.0)
+        mixed = a * x + b * x0
+        factor = tl.rsqrt(tl.sum(mixed * mixed, 0) / W + EPS)
+        along = tl.sum(dnormed * mixed, 0) * factor * factor / W
+        dmixed += (dnormed - mixed * along) * factor
         tl.store(dx_ptr + at, (a * dmixed).to(dx_ptr.dtype.element_ty), mask=inside)
-        sum_a += tl.sum(dmixed * x, 1)
-        sum_b += tl.sum(dmixed * x0, 1)
+        sum_a += tl.sum(dmixed * x, 0)
+        sum_b += tl.sum(dmixed * x0, 0)
         dx0 = b * dmixed
         if ADD:
-            dx0 += tl.load(dx0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            dx0 += before.to(tl.float32)
         tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
-    tl.store(sums_ptr + 4 * tl.program_id(0), tl.sum(sum_a, 0))
-    tl.store(sums_ptr + 4 * tl.program_id(0) + 1, tl.sum(sum_b, 0))
+    tl.store(sums_ptr + 4 * tl.program_id(0), sum_a)
+    tl.store(sums_ptr + 4 * tl.program_id(0) + 1, sum_b)
 
 
 class _Mix(torch.autograd.Function):
     """The Triton twin of `mix_reference`. All layers add to one gradient of x0, which the first of them hands on."""
 
-    TILE = dict(EPS=torch.finfo(torch.float32).eps, ROWS=4, num_warps=8)
+    EPS = torch.finfo(torch.float32).eps
 
     @staticmethod
     def forward(ctx, x, x0, lambdas, shared, fp8):
         (T, W), mixed, normed = x.shape, torch.empty_like(x), torch.empty_like(x)
         copy = torch.empty_like(x, dtype=torch.float8_e4m3fn) if fp8 else None
-        factor = 1 / normed_scale(x)
-        _mix_kernel[(triton.cdiv(T, 4),)](x, x0, lambdas, mixed, normed, copy, T, W, FACTOR=factor, BLOCK=triton.next_power_of_2(W), **_Mix.TILE)
+        _mix_kernel[(triton.cdiv(T, 4),)](
+            x, x0, lambdas, mixed, normed, copy, T, W, FACTOR=1 / normed_scale(x), EPS=_Mix.EPS, ROWS=4, BLOCK=triton.next_power_of_2(W), num_warps=4
+        )
         ctx.save_for_backward(x, x0, lambdas)
         ctx.shared, ctx.first = shared, "first" not in shared
         shared["first"] = True
@@ -527,16 +530,15 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dmixed, dnormed, _):
         x, x0, lambdas = ctx.saved_tensors
-        (T, W), dx, steps = x.shape, torch.empty_like(x), 8
-        programs = triton.cdiv(T, 4 * steps)
+        (T, W), dx, programs = x.shape, torch.empty_like(x), min(4096, len(x))
         if add := "gradient" in ctx.shared:
             dx0 = ctx.shared["gradient"]
         else:
             dx0 = ctx.shared["gradient"] = torch.empty_like(x0)
         sums = lambdas.new_zeros(programs, 4)
         _mix_backward_kernel[(programs,)](
-            x, x0, lambdas, dmixed.contiguous(), dnormed.contiguous(), dx, dx0, sums, T, W,
-            ADD=add, STEPS=steps, BLOCK=triton.next_power_of_2(W), **_Mix.TILE,
+            x, x0, lambdas, dmixed.contiguous(), dnormed.contiguous(), dx, dx0, sums, T, W, programs,
+            ADD=add, EPS=_Mix.EPS, BLOCK=triton.next_power_of_2(W), num_warps=1,
         )  # fmt: skip
         return dx, ctx.shared.pop("gradient") if ctx.first else None, sums.sum(0), None, None
 
@@ -611,9 +613,26 @@ def _mask(scores, low, key, high, needed):
     return scores
 
 
+# Attention's loops read tiles through tensor descriptors, one ahead. What is read once goes by pointers: those loads do not wait for each other.
+
+
+@triton.jit
+def _load_tile(ptr, start, column, T, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of a (T, width) matrix, zero beyond it."""
+    rows = tl.arange(0, ROWS)[:, None]
+    return tl.load(ptr + start.to(tl.int64) * width + column + (rows * width + tl.arange(0, COLUMNS)[None, :]), mask=start + rows < T, other=0.0)
+
+
+@triton.jit
+def _store_tile(ptr, start, column, T, width, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows = tl.arange(0, ROWS)[:, None]
+    at = ptr + start.to(tl.int64) * width + column + (rows * width + tl.arange(0, COLUMNS)[None, :])
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=start + rows < T)
+
+
 @triton.jit
 def _attention_forward_kernel(
-    q_tiles, out_tiles, k_tiles, v_tiles, gate_ptr, lse_ptr, first_ptr, scale_ptr, T,
+    k_tiles, v_tiles, q_ptr, out_ptr, gate_ptr, lse_ptr, first_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A gate g only scales a row's probabilities, so what the backward pass reads is the log-sum-exp less log2(g)."""
@@ -623,7 +642,7 @@ def _attention_forward_kernel(
     inside = rows < T
     scale = tl.load(scale_ptr) * 1.4426950408889634  # log2(e), for exp2
     first = tl.load(first_ptr + rows, mask=inside, other=T)
-    q = q_tiles.load([start, head * D])
+    q = _load_tile(q_ptr, start, head * D, T, H * D, BM, D)
     top = tl.full([BM], -1e30, tl.float32)  # finite: a row may see nothing in its tile's first keys
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, D], tl.float32)
@@ -642,24 +661,25 @@ def _attention_forward_kernel(
         top = new_top
     gate = tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32)
     total *= 1.0 + tl.exp(-gate)  # over the gate, a sigmoid
-    out_tiles.store([start, head * D], (out / total[:, None]).to(out_tiles.dtype))
+    _store_tile(out_ptr, start, head * D, T, H * D, out / total[:, None], BM, D)
     tl.store(lse_ptr + head * T + rows, top + tl.log2(total), mask=inside)
 
 
 @triton.jit
-def _store_before_norm(tiles, row, column, dx, x, factor, cos, sin, ROWS: tl.constexpr, D: tl.constexpr):
+def _store_before_norm(ptr, start, column, T, width, dx, x, factor, cos_ptr, sin_ptr, ROWS: tl.constexpr, D: tl.constexpr):
     """Store the gradient of rows, given that of x, the same normed by a factor and turned."""
+    cos = _load_tile(cos_ptr, start, 0, T, D // 2, ROWS, D // 2).to(tl.float32)
+    sin = _load_tile(sin_ptr, start, 0, T, D // 2, ROWS, D // 2).to(tl.float32)
     along = tl.sum(dx * x, 1) / D  # a norm's gradient has no part along its input
     dx = (dx - x * along[:, None]) * factor[:, None]
     low, high = dx.reshape(ROWS, 2, D // 2).permute(0, 2, 1).split()
-    tiles.store([row, column], (low * cos - high * sin).to(tiles.dtype))
-    tiles.store([row, column + D // 2], (low * sin + high * cos).to(tiles.dtype))
+    _store_tile(ptr, start, column, T, width, low * cos - high * sin, ROWS, D // 2)
+    _store_tile(ptr, start, column + D // 2, T, width, low * sin + high * cos, ROWS, D // 2)
 
 
 @triton.jit
 def _attention_query_kernel(
-    q_tiles, out_tiles, dout_tiles, k_tiles, v_tiles, cos_tiles, sin_tiles, dqkv_tiles,
-    factor_ptr, gate_ptr, lse_ptr, delta_ptr, dgate_ptr, first_ptr, scale_ptr, T,
+    k_tiles, v_tiles, q_ptr, out_ptr, dout_ptr, cos_ptr, sin_ptr, dqkv_ptr, factor_ptr, gate_ptr, lse_ptr, delta_ptr, dgate_ptr, first_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of q before its norm and of gate, and delta = sum(out * dout) over the gate, which the gradients of k and v need."""
@@ -670,9 +690,9 @@ def _attention_query_kernel(
     scale = tl.load(scale_ptr)
     first = tl.load(first_ptr + rows, mask=inside, other=T)
     lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=float("inf"))
-    q = q_tiles.load([start, head * D])
-    dout = dout_tiles.load([start, head * D])
-    out = out_tiles.load([start, head * D])
+    q = _load_tile(q_ptr, start, head * D, T, H * D, BM, D)
+    dout = _load_tile(dout_ptr, start, head * D, T, H * D, BM, D)
+    out = _load_tile(out_ptr, start, head * D, T, H * D, BM, D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     gate = tl.sigmoid(tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32))
     tl.store(dgate_ptr + rows * H + head, (delta * (1.0 - gate)).to(dgate_ptr.dtype.element_ty), mask=inside)
@@ -690,15 +710,14 @@ def _attention_query_kernel(
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    cos, sin = cos_tiles.load([start, 0]).to(tl.float32), sin_tiles.load([start, 0]).to(tl.float32)
     factor = tl.load(factor_ptr + head * T + rows, mask=inside, other=0.0)
-    _store_before_norm(dqkv_tiles, start, head * D, dq * scale, q.to(tl.float32), factor, cos, sin, BM, D)
+    q = _load_tile(q_ptr, start, head * D, T, H * D, BM, D)  # again: the loop has no registers to keep it in
+    _store_before_norm(dqkv_ptr, start, head * D, T, 3 * H * D, dq * scale, q.to(tl.float32), factor, cos_ptr, sin_ptr, BM, D)
 
 
 @triton.jit
 def _attention_key_kernel(
-    q_tiles, dout_tiles, k_tiles, v_tiles, qkv_tiles, value_tiles, dvalue_tiles, cos_tiles, sin_tiles, dqkv_tiles,
-    factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, l0_ptr, l1_ptr, sums_ptr, scale_ptr, T,
+    q_tiles, dout_tiles, k_ptr, v_ptr, qkv_ptr, value_ptr, dvalue_ptr, cos_ptr, sin_ptr, dqkv_ptr, factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, l0_ptr, l1_ptr, sums_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of k before its norm, of v before it is mixed, and of value; and, a row a program, terms of those of l0 and l1.
@@ -708,8 +727,8 @@ def _attention_key_kernel(
     head = tl.program_id(1)
     start = tl.program_id(0) * BN
     scale = tl.load(scale_ptr)
-    k = k_tiles.load([start, head * D])
-    v = v_tiles.load([start, head * D])
+    k = _load_tile(k_ptr, start, head * D, T, H * D, BN, D)
+    v = _load_tile(v_ptr, start, head * D, T, H * D, BN, D)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     end = tl.load(last_ptr + tl.minimum(start + BN, T) - 1) + 1
@@ -730,18 +749,16 @@ def _attention_key_kernel(
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    cos, sin = cos_tiles.load([start, 0]).to(tl.float32), sin_tiles.load([start, 0]).to(tl.float32)
     keys = start + tl.arange(0, BN)
     factor = tl.load(factor_ptr + (H + head) * T + keys, mask=keys < T, other=0.0)
-    _store_before_norm(dqkv_tiles, start, (H + head) * D, dk * scale, k.to(tl.float32), factor, cos, sin, BN, D)
-    low, high = (dv * tl.load(l0_ptr)).reshape(BN, 2, D // 2).permute(0, 2, 1).split()
-    dqkv_tiles.store([start, (2 * H + head) * D], low.to(dqkv_tiles.dtype))
-    dqkv_tiles.store([start, (2 * H + head) * D + D // 2], high.to(dqkv_tiles.dtype))
+    k = _load_tile(k_ptr, start, head * D, T, H * D, BN, D)  # again: the loop has no registers to keep it in
+    _store_before_norm(dqkv_ptr, start, (H + head) * D, T, 3 * H * D, dk * scale, k.to(tl.float32), factor, cos_ptr, sin_ptr, BN, D)
+    _store_tile(dqkv_ptr, start, (2 * H + head) * D, T, 3 * H * D, dv * tl.load(l0_ptr), BN, D)
     sums_ptr += 2 * (tl.program_id(0) * H + head)
-    tl.store(sums_ptr, tl.sum(dv * qkv_tiles.load([start, (2 * H + head) * D]).to(tl.float32)))
-    if value_tiles is not None:
-        dvalue_tiles.store([start, head * D], (dv * tl.load(l1_ptr)).to(dvalue_tiles.dtype))
-        tl.store(sums_ptr + 1, tl.sum(dv * value_tiles.load([start, head * D]).to(tl.float32)))
+    tl.store(sums_ptr, tl.sum(dv * _load_tile(qkv_ptr, start, (2 * H + head) * D, T, 3 * H * D, BN, D).to(tl.float32)))
+    if value_ptr is not None:
+        _store_tile(dvalue_ptr, start, head * D, T, H * D, dv * tl.load(l1_ptr), BN, D)
+        tl.store(sums_ptr + 1, tl.sum(dv * _load_tile(value_ptr, start, head * D, T, H * D, BN, D).to(tl.float32)))
 
 
 # Tile sizes by kernel: (queries, keys, warps, stages). Fixed, so that no start pays for tuning; found on an H200.
@@ -749,18 +766,16 @@ HOPPER_TILES = {"forward": (64, 64, 4, 3), "query": (64, 32, 4, 3), "key": (32, 
 SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)}  # for chips with less shared memory
 
 
-def _attention_launch(kernel, name: str, queries: tuple, keys: tuple, halves: tuple, *rest: Tensor | None):
+def _attention_launch(kernel, name: str, tiles: tuple[Tensor, Tensor], *rest: Tensor | None):
     """Run one attention kernel over (tiles of queries or keys) x heads.
 
-    queries, keys: what it reads and writes by tiles of queries or of keys, (T, ...), first q (T, heads, head_dim), through tensor
-    descriptors; halves: likewise, by tiles half as wide, of its own kind.
+    tiles: (T, heads, head_dim) each, what the kernel's loop reads: keys, or in the key kernel queries. rest: its other tensors.
     """
-    T, H, D = queries[0].shape
-    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(queries[0]) else SMALL_TILES)[name]
-    rows = BN if name == "key" else BM
-    groups = ((queries, [BM, D]), (keys, [BN, D]), (halves, [rows, D // 2]))
-    tiles = [t if t is None else TensorDescriptor.from_tensor(t.view(len(t), -1), shape) for tensors, shape in groups for t in tensors]
-    kernel[triton.cdiv(T, rows), H](*tiles, *rest, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+    T, H, D = tiles[0].shape
+    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(tiles[0]) else SMALL_TILES)[name]
+    own, other = (BN, BM) if name == "key" else (BM, BN)
+    descriptors = [TensorDescriptor.from_tensor(t.view(T, H * D), [other, D]) for t in tiles]
+    kernel[triton.cdiv(T, own), H](*descriptors, *rest, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
 
 @torch.library.custom_op("speedrun::attention", mutates_args=())
@@ -779,7 +794,7 @@ def attention_forward(
     _heads_kernel[triton.cdiv(T, 16), H](
         qkv, value, l0, l1, cos, sin, q, k, v, factors, T, EPS=torch.finfo(torch.float32).eps, H=H, D=D, HALF=D // 2, BM=16, num_warps=4
     )
-    _attention_launch(_attention_forward_kernel, "forward", (q, out), (k, v), (), gate, lse, first, scale)
+    _attention_launch(_attention_forward_kernel, "forward", (k, v), q, out, gate, lse, first, scale)
     return out, lse, q, k, v, factors
 
 
@@ -793,9 +808,8 @@ def attention_backward(
     keys = triton.cdiv(len(q), (HOPPER_TILES if on_hopper(q) else SMALL_TILES)["key"][1])
     dqkv, dgate, delta, sums = torch.empty_like(qkv), torch.empty_like(gate), torch.empty_like(lse), lse.new_zeros(keys * q.size(1), 2)
     dvalue = None if value is None else torch.empty_like(value)
-    _attention_launch(_attention_query_kernel, "query", (q, out, dout), (k, v), (cos, sin, dqkv), factors, gate, lse, delta, dgate, first, scale)
-    _attention_launch(_attention_key_kernel, "key", (q, dout), (k, v, qkv, value, dvalue), (cos, sin, dqkv),
-                      factors, lse, delta, first, last, l0, l1, sums, scale)  # fmt: skip
+    _attention_launch(_attention_query_kernel, "query", (k, v), q, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale)
+    _attention_launch(_attention_key_kernel, "key", (q, dout), k, v, qkv, value, dvalue, cos, sin, dqkv, factors, lse, delta, first, last, l0, l1, sums, scale)  # fmt: skip
     return dqkv, qkv.new_empty(0) if value is None else dvalue, sums.sum(0), dgate
 
 
@@ -1052,9 +1066,9 @@ def loss_backward(z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: b
     dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
     dzt = dz.new_empty(V, T) if fp8 else None
     out, words = (dz.view(torch.uint8), dzt.view(torch.int32)) if fp8 else (dz, None)
-    _loss_backward_kernel[triton.cdiv(V, 128), triton.cdiv(T, 64)](
+    _loss_backward_kernel[triton.cdiv(V, 64), triton.cdiv(T, 64)](
         z, targets, lse, dloss, out, words, T, V, T // 4, GAIN=SOFTCAP / 2 * TANH_SLOPE * (1 / GRAD_SCALE if fp8 else 1),
-        CAP=TANH_CAP, SLOPE=TANH_SLOPE, FP8=fp8, BM=16, BN=128, num_warps=4,
+        CAP=TANH_CAP, SLOPE=TANH_SLOPE, FP8=fp8, BM=16, BN=64, num_warps=4,
     )  # fmt: skip
     return dz, dzt
 

@@ -38,16 +38,16 @@ def test_attention_launches(monkeypatch):
     for name in ("forward", "query", "key"):
         for window, launch in zip(benchmark.WINDOWS, benchmark.attention_launches(name), strict=True):
             launch()
-            queries, keys, halves = launch.args[2:5]
+            tiles, *rest = launch.args[2:]
             first, last = benchmark.document_bounds(window)
             qkv, value, l0, l1, gate, cos, sin, scale = (t.double() for t in inputs)
             qkv.requires_grad_()
             wanted = train_gpt.attention_reference(*train_gpt.heads_reference(qkv, value, l0, l1, cos, sin), gate, first, scale)
             if name == "forward":
-                pairs = [(queries[1], wanted)]
+                pairs = [(rest[1], wanted)]
             else:
-                wanted.backward(queries[-1].double())
-                parts = (0,) if name == "query" else (1, 2)
-                pairs = [(halves[2][:, part], qkv.grad[:, part]) for part in parts]
+                dout, dqkv, parts = (rest[2], rest[5], (0,)) if name == "query" else (tiles[1], rest[7], (1, 2))
+                wanted.backward(dout.double())
+                pairs = [(dqkv[:, part], qkv.grad[:, part]) for part in parts]
             for found, exact in pairs:
                 assert (found.double() - exact).norm() < 3e-2 * exact.norm()

@@ -25,9 +25,7 @@ CAP = {"CAP": g.TANH_CAP, "SLOPE": g.TANH_SLOPE}
 
 def tiles(name, constants=None):
     BM, BN, warps, stages = g.HOPPER_TILES[name]
-    types = dict.fromkeys(("q_tiles", "out_tiles", "dout_tiles"), f"tensordesc<bf16[{BM}, 128]>")
-    types |= dict.fromkeys(("k_tiles", "v_tiles", "qkv_tiles", "value_tiles", "dvalue_tiles"), f"tensordesc<bf16[{BN}, 128]>")
-    types |= dict.fromkeys(("cos_tiles", "sin_tiles", "dqkv_tiles"), f"tensordesc<bf16[{BN if name == 'key' else BM}, 64]>")
+    types = dict.fromkeys(("q_tiles", "dout_tiles"), f"tensordesc<bf16[{BM}, 128]>") | dict.fromkeys(("k_tiles", "v_tiles"), f"tensordesc<bf16[{BN}, 128]>")
     types |= dict.fromkeys(("factor_ptr", "l0_ptr", "l1_ptr", "sums_ptr"), "*fp32")
     return {"H": 6, "D": 128, "BM": BM, "BN": BN} | (constants or {}), types, warps, stages
 
@@ -53,16 +51,16 @@ KERNELS = {
     "forward": (g._attention_forward_kernel, *tiles("forward")),
     "query": (g._attention_query_kernel, *tiles("query")),
     "key": (g._attention_key_kernel, *tiles("key")),
-    "key without value": (g._attention_key_kernel, *tiles("key", {"value_tiles": None, "dvalue_tiles": None})),
+    "key without value": (g._attention_key_kernel, *tiles("key", {"value_ptr": None, "dvalue_ptr": None})),
     "mlp": (g._mlp_kernel, *mlp(False)),
     "mlp fp8": (g._mlp_kernel, *mlp(False, fp8=True)),
     "mlp backward": (g._mlp_kernel, *mlp(True)),
     "loss": (g._loss_kernel, CAP | {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
     "loss exact": (g._loss_kernel, CAP | {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
-    "loss backward fp8": (g._loss_backward_kernel, CAP | {"GAIN": 448.0, "FP8": True, "BM": 16, "BN": 128}, {"dz_ptr": "*u8"}, 4, 3),
-    "loss backward bf16": (g._loss_backward_kernel, CAP | {"GAIN": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 128}, {}, 4, 3),
-    "mix": (g._mix_kernel, {"FACTOR": 16.0, "EPS": 1e-7, "ROWS": 4, "BLOCK": 1024}, {"copy_ptr": "*fp8e4nv", "W": "i32"}, 8, 3),
-    "mix backward": (g._mix_backward_kernel, {"ADD": True, "EPS": 1e-7, "STEPS": 8, "ROWS": 4, "BLOCK": 1024}, {"W": "i32"}, 8, 3),
+    "loss backward fp8": (g._loss_backward_kernel, CAP | {"GAIN": 448.0, "FP8": True, "BM": 16, "BN": 64}, {"dz_ptr": "*u8"}, 4, 3),
+    "loss backward bf16": (g._loss_backward_kernel, CAP | {"GAIN": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 64}, {}, 4, 3),
+    "mix": (g._mix_kernel, {"FACTOR": 16.0, "EPS": 1e-7, "ROWS": 4, "BLOCK": 1024}, {"copy_ptr": "*fp8e4nv", "W": "i32"}, 4, 3),
+    "mix backward": (g._mix_backward_kernel, {"ADD": True, "EPS": 1e-7, "BLOCK": 1024}, {"W": "i32", "PROGRAMS": "i32"}, 1, 3),
     "scatter": (g._scatter_add_kernel, {"BLOCK": 256}, {}, 2, 3),
 }
 kernel, constants, types, warps, stages = KERNELS[sys.argv[1]]
