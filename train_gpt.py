@@ -523,8 +523,7 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_backward(x, x0, lambdas)
         ctx.shared, ctx.first = shared, "first" not in shared
         shared["first"] = True
-        if fp8:
-            ctx.mark_non_differentiable(copy)
+        ctx.set_materialize_grads(False)  # the copy has none
         return mixed, normed, copy
 
     @staticmethod
@@ -613,9 +612,6 @@ def _mask(scores, low, key, high, needed):
     return scores
 
 
-# Attention's loops read tiles through tensor descriptors, one ahead. What is read once goes by pointers: those loads do not wait for each other.
-
-
 @triton.jit
 def _load_tile(ptr, start, column, T, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile of a (T, width) matrix, zero beyond it."""
@@ -632,7 +628,7 @@ def _store_tile(ptr, start, column, T, width, tile, ROWS: tl.constexpr, COLUMNS:
 
 @triton.jit
 def _attention_forward_kernel(
-    k_tiles, v_tiles, q_ptr, out_ptr, gate_ptr, lse_ptr, first_ptr, scale_ptr, T,
+    k_tiles, v_tiles, q_tiles, out_tiles, gate_ptr, lse_ptr, first_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A gate g only scales a row's probabilities, so what the backward pass reads is the log-sum-exp less log2(g)."""
@@ -642,7 +638,7 @@ def _attention_forward_kernel(
     inside = rows < T
     scale = tl.load(scale_ptr) * 1.4426950408889634  # log2(e), for exp2
     first = tl.load(first_ptr + rows, mask=inside, other=T)
-    q = _load_tile(q_ptr, start, head * D, T, H * D, BM, D)
+    q = q_tiles.load([start, head * D])
     top = tl.full([BM], -1e30, tl.float32)  # finite: a row may see nothing in its tile's first keys
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, D], tl.float32)
@@ -661,7 +657,7 @@ def _attention_forward_kernel(
         top = new_top
     gate = tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32)
     total *= 1.0 + tl.exp(-gate)  # over the gate, a sigmoid
-    _store_tile(out_ptr, start, head * D, T, H * D, out / total[:, None], BM, D)
+    out_tiles.store([start, head * D], (out / total[:, None]).to(out_tiles.dtype))
     tl.store(lse_ptr + head * T + rows, top + tl.log2(total), mask=inside)
 
 
@@ -717,7 +713,7 @@ def _attention_query_kernel(
 
 @triton.jit
 def _attention_key_kernel(
-    q_tiles, dout_tiles, k_ptr, v_ptr, qkv_ptr, value_ptr, dvalue_ptr, cos_ptr, sin_ptr, dqkv_ptr, factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, l0_ptr, l1_ptr, sums_ptr, scale_ptr, T,
+    q_tiles, dout_tiles, k_tiles, v_tiles, qkv_ptr, value_ptr, dvalue_ptr, cos_ptr, sin_ptr, dqkv_ptr, factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, l0_ptr, l1_ptr, sums_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of k before its norm, of v before it is mixed, and of value; and, a row a program, terms of those of l0 and l1.
@@ -727,8 +723,8 @@ def _attention_key_kernel(
     head = tl.program_id(1)
     start = tl.program_id(0) * BN
     scale = tl.load(scale_ptr)
-    k = _load_tile(k_ptr, start, head * D, T, H * D, BN, D)
-    v = _load_tile(v_ptr, start, head * D, T, H * D, BN, D)
+    k = k_tiles.load([start, head * D])
+    v = v_tiles.load([start, head * D])
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     end = tl.load(last_ptr + tl.minimum(start + BN, T) - 1) + 1
@@ -751,7 +747,6 @@ def _attention_key_kernel(
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     keys = start + tl.arange(0, BN)
     factor = tl.load(factor_ptr + (H + head) * T + keys, mask=keys < T, other=0.0)
-    k = _load_tile(k_ptr, start, head * D, T, H * D, BN, D)  # again: the loop has no registers to keep it in
     _store_before_norm(dqkv_ptr, start, (H + head) * D, T, 3 * H * D, dk * scale, k.to(tl.float32), factor, cos_ptr, sin_ptr, BN, D)
     _store_tile(dqkv_ptr, start, (2 * H + head) * D, T, 3 * H * D, dv * tl.load(l0_ptr), BN, D)
     sums_ptr += 2 * (tl.program_id(0) * H + head)
@@ -766,16 +761,19 @@ HOPPER_TILES = {"forward": (64, 64, 4, 3), "query": (64, 32, 4, 3), "key": (32, 
 SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)}  # for chips with less shared memory
 
 
-def _attention_launch(kernel, name: str, tiles: tuple[Tensor, Tensor], *rest: Tensor | None):
-    """Run one attention kernel over (tiles of queries or keys) x heads.
+def _attention_launch(kernel, name: str, others: tuple[Tensor, ...], own: tuple[Tensor, ...], *rest: Tensor | None):
+    """Run one attention kernel over (tiles of queries, or in the key kernel of keys) x heads.
 
-    tiles: (T, heads, head_dim) each, what the kernel's loop reads: keys, or in the key kernel queries. rest: its other tensors.
+    others: (T, heads, head_dim) each, what its loop reads, tiles of the other kind; own: likewise, tiles of its own kind. Both go
+    through tensor descriptors. rest: its other tensors; several tiles read at once go by pointers, for such loads do not wait
+    for each other.
     """
-    T, H, D = tiles[0].shape
-    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(tiles[0]) else SMALL_TILES)[name]
-    own, other = (BN, BM) if name == "key" else (BM, BN)
-    descriptors = [TensorDescriptor.from_tensor(t.view(T, H * D), [other, D]) for t in tiles]
-    kernel[triton.cdiv(T, own), H](*descriptors, *rest, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+    T, H, D = others[0].shape
+    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(others[0]) else SMALL_TILES)[name]
+    rows, columns = (BN, BM) if name == "key" else (BM, BN)
+    groups = ((others, columns), (own, rows))
+    tiles = [TensorDescriptor.from_tensor(t.view(T, H * D), [size, D]) for tensors, size in groups for t in tensors]
+    kernel[triton.cdiv(T, rows), H](*tiles, *rest, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
 
 @torch.library.custom_op("speedrun::attention", mutates_args=())
@@ -794,7 +792,7 @@ def attention_forward(
     _heads_kernel[triton.cdiv(T, 16), H](
         qkv, value, l0, l1, cos, sin, q, k, v, factors, T, EPS=torch.finfo(torch.float32).eps, H=H, D=D, HALF=D // 2, BM=16, num_warps=4
     )
-    _attention_launch(_attention_forward_kernel, "forward", (k, v), q, out, gate, lse, first, scale)
+    _attention_launch(_attention_forward_kernel, "forward", (k, v), (q, out), gate, lse, first, scale)
     return out, lse, q, k, v, factors
 
 
@@ -808,8 +806,9 @@ def attention_backward(
     keys = triton.cdiv(len(q), (HOPPER_TILES if on_hopper(q) else SMALL_TILES)["key"][1])
     dqkv, dgate, delta, sums = torch.empty_like(qkv), torch.empty_like(gate), torch.empty_like(lse), lse.new_zeros(keys * q.size(1), 2)
     dvalue = None if value is None else torch.empty_like(value)
-    _attention_launch(_attention_query_kernel, "query", (k, v), q, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale)
-    _attention_launch(_attention_key_kernel, "key", (q, dout), k, v, qkv, value, dvalue, cos, sin, dqkv, factors, lse, delta, first, last, l0, l1, sums, scale)  # fmt: skip
+    _attention_launch(_attention_query_kernel, "query", (k, v), (), q, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale)
+    _attention_launch(_attention_key_kernel, "key", (q, dout), (k, v), qkv, value, dvalue, cos, sin, dqkv,
+                      factors, lse, delta, first, last, l0, l1, sums, scale)  # fmt: skip
     return dqkv, qkv.new_empty(0) if value is None else dvalue, sums.sum(0), dgate
 
 

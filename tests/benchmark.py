@@ -138,9 +138,9 @@ def attention_launches(name: str) -> list:
         delta = ((out.float() * dout.float()).sum(-1) / torch.sigmoid(gate)).t().float().contiguous()
         sums = torch.zeros(T // 16 * HEADS, 2, device=DEVICE)
         tensors = {
-            "forward": ((k, v), q, out, gate, lse, first, scale),
-            "query": ((k, v), q, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale),
-            "key": ((q, dout), k, v, qkv, value, dvalue, cos, sin, dqkv, factors, lse, delta, first, last, l0, l1, sums, scale),
+            "forward": ((k, v), (q, out), gate, lse, first, scale),
+            "query": ((k, v), (), q, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale),
+            "key": ((q, dout), (k, v), qkv, value, dvalue, cos, sin, dqkv, factors, lse, delta, first, last, l0, l1, sums, scale),
         }[name]
         launches.append(functools.partial(g._attention_launch, kernel, name, *tensors))
     return launches

@@ -38,15 +38,15 @@ def test_attention_launches(monkeypatch):
     for name in ("forward", "query", "key"):
         for window, launch in zip(benchmark.WINDOWS, benchmark.attention_launches(name), strict=True):
             launch()
-            tiles, *rest = launch.args[2:]
+            others, own, *rest = launch.args[2:]
             first, last = benchmark.document_bounds(window)
             qkv, value, l0, l1, gate, cos, sin, scale = (t.double() for t in inputs)
             qkv.requires_grad_()
             wanted = train_gpt.attention_reference(*train_gpt.heads_reference(qkv, value, l0, l1, cos, sin), gate, first, scale)
             if name == "forward":
-                pairs = [(rest[1], wanted)]
+                pairs = [(own[1], wanted)]
             else:
-                dout, dqkv, parts = (rest[2], rest[5], (0,)) if name == "query" else (tiles[1], rest[7], (1, 2))
+                dout, dqkv, parts = (rest[2], rest[5], (0,)) if name == "query" else (others[1], rest[5], (1, 2))
                 wanted.backward(dout.double())
                 pairs = [(dqkv[:, part], qkv.grad[:, part]) for part in parts]
             for found, exact in pairs:

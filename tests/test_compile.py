@@ -25,7 +25,7 @@ CAP = {"CAP": g.TANH_CAP, "SLOPE": g.TANH_SLOPE}
 
 def tiles(name, constants=None):
     BM, BN, warps, stages = g.HOPPER_TILES[name]
-    types = dict.fromkeys(("q_tiles", "dout_tiles"), f"tensordesc<bf16[{BM}, 128]>") | dict.fromkeys(("k_tiles", "v_tiles"), f"tensordesc<bf16[{BN}, 128]>")
+    types = dict.fromkeys(("q_tiles", "out_tiles", "dout_tiles"), f"tensordesc<bf16[{BM}, 128]>") | dict.fromkeys(("k_tiles", "v_tiles"), f"tensordesc<bf16[{BN}, 128]>")
     types |= dict.fromkeys(("factor_ptr", "l0_ptr", "l1_ptr", "sums_ptr"), "*fp32")
     return {"H": 6, "D": 128, "BM": BM, "BN": BN} | (constants or {}), types, warps, stages
 
