@@ -159,3 +159,23 @@ def test_norm_of_rotated_heads_is_kept():
     x = torch.randn(20, 3, 16)
     rotary = Rotary(16, 20, torch.float32)
     assert torch.allclose(train_gpt.rotate(x, rotary.cos, rotary.sin).norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+
+
+def test_e4m3_copies(tmp_path, monkeypatch):
+    """Of every matrix that trains in FP8, some transposed; renewed in place."""
+    s = train_gpt.parse_settings(tiny_flags(tmp_path))
+    model = GPT(s, World())
+    monkeypatch.setattr(train_gpt, "on_hopper", lambda x: True)
+    model.quantize()
+    before = {key: copy.data_ptr() for key, copy in model.copies.items()}
+    turned = [p for slot in model.slots for p in slot.mlp_in]
+    plain = [p for slot in model.slots for p in (*slot.attention, *slot.mlp_out)]
+    assert set(before) == {(model.head, False), (model.head, True)} | {(p, True) for p in turned} | {(p, False) for p in plain}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    model.quantize()
+    for (p, transposed), copy in model.copies.items():
+        assert copy.data_ptr() == before[p, transposed] and copy.is_contiguous()
+        scaled = (copy.float() * train_gpt.WEIGHT_SCALE).view(copy.shape)
+        assert torch.allclose(scaled.t() if transposed else scaled, p.detach().clamp(-0.875, 0.875), rtol=1 / 16, atol=2**-19)

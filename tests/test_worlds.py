@@ -45,6 +45,47 @@ def test_one_to_four_processes_and_two_nodes(tmp_path):
     assert near(alone, max((val_losses(out) for out, _ in shown), key=len))
 
 
+GRAPH = """
+import sys
+import train_gpt
+
+class Graph:
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def replay(self):
+        armed = [stack.armed for stack in self.trainer.stacks]
+        for stack in self.trainer.stacks:
+            stack.armed = False
+        self.trainer.micro_step(self.trainer.batch)
+        for stack, before in zip(self.trainer.stacks, armed):
+            stack.armed = before
+
+plain = train_gpt.Trainer.warm_up
+
+def warm_up(self, train, val):
+    plain(self, train, val)
+    self.graph = Graph(self)
+
+train_gpt.Trainer.warm_up = warm_up
+sys.exit(train_gpt.main())
+"""
+
+
+def test_training_from_a_graph(tmp_path):
+    """With a stand-in for the CUDA graph, which reads its own batch and windows and runs no hooks, losses are those without."""
+    script = tmp_path / "graph.py"
+    script.write_text(GRAPH)
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=1", "--micro_batches=4"]
+    alone = val_losses(run(flags).stdout)
+    environment = ENVIRONMENT | {"PYTHONPATH": str(SCRIPT.parent)}
+    for ranks in (1, 2):
+        done = subprocess.run([*TORCHRUN, f"--nproc_per_node={ranks}", str(script), *flags], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        losses = val_losses(done.stdout)
+        assert losses == alone if ranks == 1 else near(alone, losses)
+
+
 @pytest.mark.parametrize("size", [2, 8, 16, 64])
 def test_ranks_that_no_test_machine_has(tmp_path, size):
     """Under a fake process group: every parameter has one owner, nothing is dropped, and the bytes on the wire are as counted."""
