@@ -52,13 +52,13 @@ class Table:
         large, other = random(2**31), torch.empty(2**31, device=DEVICE, dtype=torch.bfloat16)
         self.bandwidth = 2 * 2 * 2**31 / ms(lambda: other.copy_(large)) * 1e3
         print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: bf16 8192^3 {self.flops / 1e12:.0f} TFLOP/s, copy {self.bandwidth / 1e9:.0f} GB/s")
-        print(f"{'kernel':<34}{'ms':>8}{'reference':>11}{'rate':>14}{'of floor':>10}")
+        print(f"{'kernel':<38}{'ms':>8}{'reference':>11}{'rate':>14}{'of floor':>10}")
 
     def row(self, name: str, ours, reference, flops: float, size: float):
         """One kernel, with the operations that it must do and the bytes that it must move."""
         took, other, floor = ms(ours), ms(reference) if reference else None, max(flops / self.flops, size / self.bandwidth) * 1e3
         rate = f"{flops / took / 1e9:.0f} TFLOP/s" if flops / self.flops > size / self.bandwidth else f"{size / took / 1e6:.0f} GB/s"
-        print(f"{name:<34}{took:>8.3f}{'-' if other is None else f'{other:.3f}':>11}{rate:>14}{floor / took:>10.0%}", flush=True)
+        print(f"{name:<38}{took:>8.3f}{'-' if other is None else f'{other:.3f}':>11}{rate:>14}{floor / took:>10.0%}", flush=True)
 
 
 def attention_inputs() -> list:
@@ -68,11 +68,19 @@ def attention_inputs() -> list:
 
 
 def benchmark_attention(table: Table):
-    """The three kernels alone, beside attention without gates and rotary embedding; then, whole, what they and ours before them replace."""
+    """The three kernels alone, beside attention without gates, norm, rotary embedding and mixing, of which ours do the backward pass too, a row
+
+    of its own; then, whole, what they and ours before them replace.
+    """
     *inputs, scale = attention_inputs()
     qkv, value = inputs[:2]
     batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in g.heads_reference(*inputs[:4], *inputs[5:])]
     flex, gradient = torch.compile(flex_attention), random(1, HEADS, T, HEAD_DIM)
+    leaves = [t.clone().requires_grad_() for t in inputs[:4]]
+    heads = torch.compile(g.heads_reference)(*leaves, *inputs[5:])
+    grads = [torch.randn_like(t) for t in heads]
+    alone = lambda: torch.autograd.grad(heads, leaves, grads, retain_graph=True)  # noqa: E731
+    table.row("norm, rotary, mixing: reference back", alone, None, 0, 2 * (qkv.nbytes + value.nbytes))
     launches = {name: attention_launches(name) for name in ("forward", "query", "key")}
     for window, forward, query, key in zip(WINDOWS, *launches.values(), strict=True):
         first, last = document_bounds(window)
@@ -102,6 +110,22 @@ def benchmark_head(table: Table):
     grad = torch.zeros(CLASSES, WIDTH, device=DEVICE)
     add = torch.compile(lambda grad, targets, x: grad.index_add_(0, targets, x.float()))
     table.row("scatter_add", lambda: g.scatter_add(grad, targets, x), lambda: add(grad, targets, x), 0, x.nbytes + 2 * 2 * x.nbytes)
+
+
+def benchmark_mix(table: Table):
+    """Both ways, with the e4m3 copy; beside the reference, whose gradient of x0 nobody has added to the other layers' yet."""
+    x, x0, dmixed, dnormed = (random(T, WIDTH).requires_grad_() for _ in range(4))
+    lambdas, shared = torch.tensor([1.1, 0.2, 0.5, 0.5], device=DEVICE, requires_grad=True), {}
+    compiled = torch.compile(g.mix_reference)
+    gradient = torch.zeros_like(x0)
+    wanted, (*found, _) = compiled(x, x0, lambdas), g.mix(x, x0, lambdas, shared, True)
+    table.row("mix forward", lambda: g.mix(x, x0, lambdas, {}, True), lambda: compiled(x, x0, lambdas), 0, 4.5 * x.nbytes)
+
+    def backward():
+        shared["gradient"] = gradient  # as if another layer had been there
+        torch.autograd.grad(found, (x, x0, lambdas), (dmixed, dnormed), retain_graph=True)
+
+    table.row("mix backward", backward, lambda: torch.autograd.grad(wanted, (x, x0, lambdas), (dmixed, dnormed), retain_graph=True), 0, 7 * x.nbytes)
 
 
 def benchmark_mlp(table: Table):
@@ -185,6 +209,7 @@ def main() -> int:
     table = Table()
     benchmark_attention(table)
     benchmark_head(table)
+    benchmark_mix(table)
     benchmark_mlp(table)
     benchmark_products(table)
     return 0

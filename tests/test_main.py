@@ -94,6 +94,21 @@ def test_step_returns_the_mean_loss(tmp_path):
     assert loss == pytest.approx(5.950643, abs=1e-5) and stops == 0  # ln 384
 
 
+def test_steps_return_their_own_loss(tmp_path):
+    """Each step's is that of its parameters, batches and windows, and of nothing before."""
+    s, world = train_gpt.parse_settings(tiny_flags(tmp_path)), train_gpt.World()
+    trainer, loader = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in (trainer.model.head, *trainer.model.slots.parameters()):
+            p.add_(0.2 * torch.randn_like(p))
+    for step, (batches, windows) in enumerate(zip(loader.stream(0, 3), ((2, 3), (128, 384), (3, 2)), strict=True)):
+        with torch.no_grad():
+            wanted, other = (torch.cat([trainer.model(batch, w) for batch in batches]).mean().item() for w in (windows, (5, 8)))
+        assert abs(wanted - other) > 1e-3
+        assert trainer.train_step(step, batches, windows)[0].item() == pytest.approx(wanted, abs=1e-5)
+
+
 def test_validation_of_any_length(tmp_path):
     """A last micro-batch that is shorter counts by its tokens."""
     s, world = train_gpt.parse_settings([*tiny_flags(tmp_path), "--val_tokens=500", "--micro_batches=6", "--train_batch_size=480"]), train_gpt.World()
