@@ -4,8 +4,8 @@
     python train_gpt.py --preset=sample                                         # a small model on a CPU
     python train_gpt.py --help                                                  # every setting
 
-Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 364 ms and 17.3 GiB, from warm caches to
-step 0 in 16 to 17 s; versions before 408 ms on that H200, and 211 ms on two and 107 ms on four. README.md says on what data.
+Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 344 ms and 17.4 GiB, with step 0 after 21
+to 23 s from warm caches, 51 s from empty ones; a version before took 211 ms on two and 107 ms on four. README.md says on what data.
 
 The rooms, in order: settings, kernels, model, optimizers, data, schedules, training, log, checkpoints, main.
 A room uses only rooms above it.
@@ -445,9 +445,9 @@ def linear_reference(x: Tensor, weight: Tensor, gate: Tensor | None) -> tuple[Te
 
 
 def linear(x: Tensor, x8: Tensor | None, weight: Tensor, weight8: Tensor | None, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """`linear_reference`, on a GPU as one operation: its gradients add up in place, and no compiler makes an addition of x part of it,
+    """`linear_reference`; on a GPU, for normed x, by the e4m3 copies x8 and weight8 where there are such.
 
-    for which cuBLAS wants a copy of x first. By e4m3 copies, where there are any, if x is normed.
+    There it is one operation, lest the compiler merge it with an addition: cuBLAS would have the other term copied first.
     """
     return linear_forward(x, x8, weight, weight8, gate) if x.is_cuda else linear_reference(x, weight, gate)
 
@@ -675,7 +675,8 @@ def _store_before_norm(ptr, start, column, T, width, dx, x, factor, cos_ptr, sin
 
 @triton.jit
 def _attention_query_kernel(
-    k_tiles, v_tiles, q_ptr, out_ptr, dout_ptr, cos_ptr, sin_ptr, dqkv_ptr, factor_ptr, gate_ptr, lse_ptr, delta_ptr, dgate_ptr, first_ptr, scale_ptr, T,
+    k_tiles, v_tiles, q_ptr, out_ptr, dout_ptr, cos_ptr, sin_ptr, dqkv_ptr,
+    factor_ptr, gate_ptr, lse_ptr, delta_ptr, dgate_ptr, first_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of q before its norm and of gate, and delta = sum(out * dout) over the gate, which the gradients of k and v need."""
@@ -713,7 +714,8 @@ def _attention_query_kernel(
 
 @triton.jit
 def _attention_key_kernel(
-    q_tiles, dout_tiles, k_tiles, v_tiles, qkv_ptr, value_ptr, dvalue_ptr, cos_ptr, sin_ptr, dqkv_ptr, factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, l0_ptr, l1_ptr, sums_ptr, scale_ptr, T,
+    q_tiles, dout_tiles, k_tiles, v_tiles, qkv_ptr, value_ptr, dvalue_ptr, cos_ptr, sin_ptr, dqkv_ptr,
+    factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, l0_ptr, l1_ptr, sums_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of k before its norm, of v before it is mixed, and of value; and, a row a program, terms of those of l0 and l1.
