@@ -915,12 +915,12 @@ def mlp_forward(
 
     With e4m3 copies, of which that of w_in is transposed, (hidden, width), the products are theirs.
     """
-    hidden = x.new_empty(x.size(0), w_in.size(1))
+    hidden, hidden8 = x.new_empty(x.size(0), w_in.size(1)), None
     if x8 is None:
         _mlp_launch(x, w_in, hidden)
-        return F.linear(hidden, w_out), hidden
-    hidden8 = torch.empty_like(hidden, dtype=x8.dtype)
-    _mlp_launch(x8, in8, hidden, hidden8, scale=normed_scale(x) * WEIGHT_SCALE)
+    else:
+        hidden8 = torch.empty_like(hidden, dtype=x8.dtype)
+        _mlp_launch(x8, in8, hidden, hidden8, scale=normed_scale(x) * WEIGHT_SCALE)
     return product(hidden, hidden8, w_out, out8, 1.0), hidden
 
 
@@ -1998,14 +1998,17 @@ class Log:
 
 
 def describe_machine(world: World) -> str:
-    """Versions, devices and the head's precision, for the log."""
+    """Versions, devices and the products' precision, for the log."""
     gpu = world.device.type == "cuda"
     head = "fp8 in training, bf16 in validation" if world.fp8 else "bf16 (this chip has no FP8)" if gpu else "float32"
+    hopper = world.fp8 and on_hopper(torch.empty(0, device=world.device))
+    blocks = "forward products of q, k, v and the MLPs fp8 in training, all else bf16" if hopper else str(world.dtype)[6:]
     lines = [
         f"Python {sys.version}",
         f"PyTorch {torch.__version__} Triton {triton.__version__} CUDA {torch.version.cuda}",
         f"devices: {world.size} x {torch.cuda.get_device_name(world.device) if gpu else 'CPU process'}",
         f"head: {head}",
+        f"blocks: {blocks}",
         "not deterministic: embedding gradients, added by atomics in no fixed order" if gpu else "deterministic: the same settings give the same bits",
     ]
     if gpu and shutil.which("nvidia-smi"):

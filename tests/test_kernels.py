@@ -133,6 +133,8 @@ def test_fp8_products(T, width, hidden, monkeypatch):
     copy = lambda t: train_gpt.to_e4m3(t, 1 / train_gpt.WEIGHT_SCALE)  # noqa: E731
     xe = train_gpt.to_e4m3(x, 1 / train_gpt.normed_scale(x))
     out, squares = train_gpt.mlp_forward(x, w_in, w_out, xe, copy(w_in.t().contiguous()), copy(w_out))
+    spike = train_gpt.norm(torch.eye(width))
+    assert train_gpt.to_e4m3(spike, 1 / train_gpt.normed_scale(spike)).float().max() == 448  # what norm can give fills the range
     assert relative(squares, wanted) < 1e-2
     assert relative(out, rounded(wanted, 1.0) @ out8.t()) < 2e-2
     assert 1e-3 < relative(out, train_gpt.mlp_reference(x.double(), w_in.double(), w_out.double())) < 1 / 16

@@ -179,3 +179,31 @@ def test_e4m3_copies(tmp_path, monkeypatch):
         assert copy.data_ptr() == before[p, transposed] and copy.is_contiguous()
         scaled = (copy.float() * train_gpt.WEIGHT_SCALE).view(copy.shape)
         assert torch.allclose(scaled.t() if transposed else scaled, p.detach().clamp(-0.875, 0.875), rtol=1 / 16, atol=2**-19)
+
+
+def test_evaluation_reads_no_copies(tmp_path, monkeypatch):
+    """Products of blocks and head get the e4m3 copies in training alone."""
+    s, model = build(tmp_path)
+    monkeypatch.setattr(train_gpt, "on_hopper", lambda x: True)
+    model.quantize()
+    monkeypatch.setattr(train_gpt, "on_hopper", lambda x: False)
+    seen, plain = [], {name: getattr(train_gpt, name) for name in ("linear", "mlp", "head_loss")}
+
+    def watch(name):
+        def call(*given):
+            seen.extend(t for t in given if isinstance(t, tuple) or torch.is_tensor(t) and t.dtype == torch.float8_e4m3fn)
+            return plain[name](*given)
+
+        return call
+
+    for name in plain:
+        monkeypatch.setattr(train_gpt, name, watch(name))
+    batch = make_batch()
+    model.train()
+    model(batch, (3, 9))
+    assert len(seen) >= len(model.copies) - 1  # those of the head go as one
+    seen.clear()
+    model.eval()
+    model(batch, (3, 9))
+    model.logits(batch, (3, 9))
+    assert not seen

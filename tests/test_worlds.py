@@ -54,11 +54,15 @@ class Graph:
         self.trainer = trainer
 
     def replay(self):
-        armed = [stack.armed for stack in self.trainer.stacks]
-        for stack in self.trainer.stacks:
+        stacks, fetch = self.trainer.stacks, self.trainer.model.fetch
+        assert not any(stack.gathers for stack in stacks)  # a graph waits for nothing
+        armed = [stack.armed for stack in stacks]
+        for stack in stacks:
             stack.armed = False
+        self.trainer.model.fetch = lambda parameters: None
         self.trainer.micro_step(self.trainer.batch)
-        for stack, before in zip(self.trainer.stacks, armed):
+        self.trainer.model.fetch = fetch
+        for stack, before in zip(stacks, armed):
             stack.armed = before
 
 plain = train_gpt.Trainer.warm_up
