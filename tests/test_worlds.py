@@ -80,14 +80,14 @@ def test_training_from_a_graph(tmp_path):
     """With a stand-in for the CUDA graph, which reads its own batch and windows and runs no hooks, losses are those without."""
     script = tmp_path / "graph.py"
     script.write_text(GRAPH)
-    flags = [*tiny_flags(tmp_path), "--val_loss_every=1", "--micro_batches=4"]
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=5", "--micro_batches=4"]  # a validation would wait for the gathers
     alone = val_losses(run(flags).stdout)
     environment = ENVIRONMENT | {"PYTHONPATH": str(SCRIPT.parent)}
     for ranks in (1, 2):
         done = subprocess.run([*TORCHRUN, f"--nproc_per_node={ranks}", str(script), *flags], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         losses = val_losses(done.stdout)
-        assert losses == alone if ranks == 1 else near(alone, losses)
+        assert len(losses) == 5 and (losses == alone if ranks == 1 else losses == pytest.approx(alone, abs=1e-3))
 
 
 @pytest.mark.parametrize("size", [2, 8, 16, 64])
