@@ -759,7 +759,7 @@ def _attention_key_kernel(
 
 
 # Tile sizes by kernel: (queries, keys, warps, stages). Fixed, so that no start pays for tuning; found on an H200.
-HOPPER_TILES = {"forward": (64, 64, 4, 3), "query": (64, 32, 4, 3), "key": (32, 64, 4, 3)}
+HOPPER_TILES = {"forward": (64, 64, 4, 3), "query": (64, 32, 4, 3), "key": (64, 64, 4, 2)}
 SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)}  # for chips with less shared memory
 
 
