@@ -362,9 +362,12 @@ def on_hopper(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
+EPS = torch.finfo(torch.float32).eps  # of every norm
+
+
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without a weight (arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+    return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
 WEIGHT_SCALE = 2.0**-9  # of every matrix in e4m3, so for entries up to 0.875
@@ -381,75 +384,21 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def normed_scale(x: Tensor) -> float:
-    """The scale of normed x (T, width) in e4m3: norm bounds it by the root of the width, which becomes the largest number, 448."""
-    return x.size(1) ** 0.5 / 448
+    """The scale of normed x (T, width) in e4m3: the power of two with which the root of the width, norm's bound, is at most 448."""
+    return 2.0 ** math.ceil(math.log2(x.size(1) ** 0.5 / 448))
+
+
+def gradient(p: nn.Parameter) -> Tensor:
+    """The tensor, zeros at first, in which the gradient of a parameter gathers."""
+    if p.grad is None:
+        p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+    return p.grad
 
 
 @functools.cache
 def constant(value: float, device: torch.device) -> Tensor:
     """A float32 scalar tensor, made once."""
     return torch.full((), value, device=device)
-
-
-def product(x: Tensor, x8: Tensor | None, weight: Tensor, weight8: Tensor | None, scale: float) -> Tensor:
-    """x (T, width) times weight (n, width) transposed, in x's dtype; by their e4m3 copies, that of x over a scale, where there are any."""
-    if weight8 is None:
-        return F.linear(x, weight)
-    return torch._scaled_mm(x8, weight8.t(), constant(scale, x.device), constant(WEIGHT_SCALE, x.device), out_dtype=x.dtype, use_fast_accum=True)
-
-
-@torch.library.custom_op("speedrun::linear", mutates_args=())
-def linear_forward(x: Tensor, x8: Tensor | None, weight: Tensor, weight8: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The twin of `linear_reference` on a GPU, of which the gradients are the exact products'; instead of no gates, an empty tensor."""
-    y = product(x, x8, weight, weight8, normed_scale(x))
-    return y, x.new_empty(0) if gate is None else F.linear(x[:, : gate.size(1)], gate)
-
-
-@torch.library.custom_op("speedrun::linear_backward", mutates_args=())
-def linear_backward(dy: Tensor, dgates: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of weight and of gate, empty if there is none."""
-    dx, dweight = dy @ weight, dy.t() @ x
-    if gate is None:
-        return dx, dweight, x.new_empty(0)
-    channels = gate.size(1)
-    dx[:, :channels] += dgates @ gate
-    return dx, dweight, dgates.t() @ x[:, :channels]
-
-
-@linear_forward.register_fake
-def _(x, x8, weight, weight8, gate):
-    return x.new_empty(x.size(0), weight.size(0)), x.new_empty(0) if gate is None else x.new_empty(x.size(0), gate.size(0))
-
-
-@linear_backward.register_fake
-def _(dy, dgates, x, weight, gate):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
-
-
-def _save_linear(ctx, inputs, output):
-    x, _, weight, _, gate = inputs
-    ctx.save_for_backward(x, weight, gate)
-
-
-def _linear_gradients(ctx, dy, dgates):
-    dx, dweight, dgate = linear_backward(dy, dgates, *ctx.saved_tensors)
-    return dx, None, dweight, None, dgate if ctx.needs_input_grad[4] else None
-
-
-linear_forward.register_autograd(_linear_gradients, setup_context=_save_linear)
-
-
-def linear_reference(x: Tensor, weight: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x (T, width) times weight (n, width) transposed; and x's first channels times gate (heads, 12) transposed, if there is one."""
-    return F.linear(x, weight), gate if gate is None else F.linear(x[:, : gate.size(1)], gate)
-
-
-def linear(x: Tensor, x8: Tensor | None, weight: Tensor, weight8: Tensor | None, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """`linear_reference`; on a GPU, for normed x, by the e4m3 copies x8 and weight8 where there are such.
-
-    There it is one operation, lest the compiler merge it with an addition: cuBLAS would have the other term copied first.
-    """
-    return linear_forward(x, x8, weight, weight8, gate) if x.is_cuda else linear_reference(x, weight, gate)
 
 
 def mix_reference(x: Tensor, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor]:
@@ -461,93 +410,109 @@ def mix_reference(x: Tensor, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tenso
 @triton.jit
 def _mix_kernel(
     x_ptr, x0_ptr, lambdas_ptr, mixed_ptr, normed_ptr, copy_ptr, T, W,
-    FACTOR: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Without an x0, only the norm."""
     rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     at, inside = rows[:, None] * W + columns[None, :], (rows < T)[:, None] & (columns < W)[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(lambdas_ptr) * x + tl.load(lambdas_ptr + 1) * x0
-    tl.store(mixed_ptr + at, x.to(mixed_ptr.dtype.element_ty), mask=inside)
+    if x0_ptr is not None:
+        x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(lambdas_ptr) * x + tl.load(lambdas_ptr + 1) * x0
+        tl.store(mixed_ptr + at, x.to(mixed_ptr.dtype.element_ty), mask=inside)
     x *= tl.rsqrt(tl.sum(x * x, 1) / W + EPS)[:, None]
-    tl.store(normed_ptr + at, x.to(normed_ptr.dtype.element_ty), mask=inside)
     if copy_ptr is not None:
-        tl.store(copy_ptr + at, tl.clamp(x * FACTOR, -448.0, 448.0, tl.PropagateNan.ALL).to(copy_ptr.dtype.element_ty), mask=inside)
+        copy = tl.clamp(x * (1 / SCALE), -448.0, 448.0, tl.PropagateNan.ALL).to(copy_ptr.dtype.element_ty)
+        tl.store(copy_ptr + at, copy, mask=inside)
+        x = copy.to(tl.float32) * SCALE  # what the products read, so their gradients are exact, and fewer bits take matrix units less power
+    tl.store(normed_ptr + at, x.to(normed_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _mix_backward_kernel(
-    x_ptr, x0_ptr, lambdas_ptr, dmixed_ptr, dnormed_ptr, dx_ptr, dx0_ptr, sums_ptr, T, W, PROGRAMS,
+    x_ptr, x0_ptr, lambdas_ptr, dmixed_ptr, dnormed_ptr, dx_ptr, dx0_ptr, dlambdas_ptr, T, W, PROGRAMS,
     ADD: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x; that of x0, added to what is there or in its place; and, a row a program, terms of those of lambdas."""
+    """The gradient of x; that of x0, added to what is there or in its place; and that of lambdas, added to what is there."""
     columns = tl.arange(0, BLOCK)
     inside = columns < W
-    a, b = tl.load(lambdas_ptr), tl.load(lambdas_ptr + 1)
     sum_a, sum_b = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     for row in range(tl.program_id(0), T, PROGRAMS):
         at = row * W.to(tl.int64) + columns
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        mixed = x
+        if x0_ptr is not None:
+            a, b = tl.load(lambdas_ptr), tl.load(lambdas_ptr + 1)
+            x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            mixed = a * x + b * x0
         dnormed = tl.load(dnormed_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dmixed = tl.load(dmixed_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if ADD:
             before = tl.load(dx0_ptr + at, mask=inside, other=0.0)
-        mixed = a * x + b * x0
         factor = tl.rsqrt(tl.sum(mixed * mixed, 0) / W + EPS)
         along = tl.sum(dnormed * mixed, 0) * factor * factor / W
         dmixed += (dnormed - mixed * along) * factor
-        tl.store(dx_ptr + at, (a * dmixed).to(dx_ptr.dtype.element_ty), mask=inside)
-        sum_a += tl.sum(dmixed * x, 0)
-        sum_b += tl.sum(dmixed * x0, 0)
-        dx0 = b * dmixed
-        if ADD:
-            dx0 += before.to(tl.float32)
-        tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
-    tl.store(sums_ptr + 4 * tl.program_id(0), sum_a)
-    tl.store(sums_ptr + 4 * tl.program_id(0) + 1, sum_b)
+        if x0_ptr is None:
+            tl.store(dx_ptr + at, dmixed.to(dx_ptr.dtype.element_ty), mask=inside)
+        else:
+            tl.store(dx_ptr + at, (a * dmixed).to(dx_ptr.dtype.element_ty), mask=inside)
+            sum_a += tl.sum(dmixed * x, 0)
+            sum_b += tl.sum(dmixed * x0, 0)
+            dx0 = b * dmixed
+            if ADD:
+                dx0 += before.to(tl.float32)
+            tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
+    if x0_ptr is not None:
+        tl.atomic_add(dlambdas_ptr, sum_a, sem="relaxed")
+        tl.atomic_add(dlambdas_ptr + 1, sum_b, sem="relaxed")
 
 
 class _Mix(torch.autograd.Function):
-    """The Triton twin of `mix_reference`. All layers add to one gradient of x0, which the first of them hands on."""
+    """The Triton twin of `mix_reference`; without an x0 that of norm, which hands x on, so that one kernel has both its gradients.
 
-    EPS = torch.finfo(torch.float32).eps
+    All layers add to one gradient of x0, which the first of them hands on.
+    """
 
     @staticmethod
-    def forward(ctx, x, x0, lambdas, shared, fp8):
-        (T, W), mixed, normed = x.shape, torch.empty_like(x), torch.empty_like(x)
-        copy = torch.empty_like(x, dtype=torch.float8_e4m3fn) if fp8 else None
+    def forward(ctx, x, x0, lambdas, layer, shared, fp8):
+        (T, W), normed, copy = x.shape, torch.empty_like(x), torch.empty_like(x, dtype=torch.float8_e4m3fn) if fp8 else None
+        mixed, row = (x, None) if x0 is None else (torch.empty_like(x), lambdas[layer])
         _mix_kernel[(triton.cdiv(T, 4),)](
-            x, x0, lambdas, mixed, normed, copy, T, W, FACTOR=1 / normed_scale(x), EPS=_Mix.EPS, ROWS=4, BLOCK=triton.next_power_of_2(W), num_warps=4
+            x, x0, row, mixed, normed, copy, T, W, SCALE=normed_scale(x), EPS=EPS, ROWS=4, BLOCK=triton.next_power_of_2(W), num_warps=4
         )
-        ctx.save_for_backward(x, x0, lambdas)
-        ctx.shared, ctx.first = shared, "first" not in shared
+        ctx.save_for_backward(x, x0)
+        ctx.lambdas, ctx.layer, ctx.shared, ctx.first = lambdas, layer, shared, "first" not in shared
         shared["first"] = True
         ctx.set_materialize_grads(False)  # the copy has none
         return mixed, normed, copy
 
     @staticmethod
     def backward(ctx, dmixed, dnormed, _):
-        x, x0, lambdas = ctx.saved_tensors
-        (T, W), dx, programs = x.shape, torch.empty_like(x), min(4096, len(x))
-        if add := "gradient" in ctx.shared:
-            dx0 = ctx.shared["gradient"]
-        else:
-            dx0 = ctx.shared["gradient"] = torch.empty_like(x0)
-        sums = lambdas.new_zeros(programs, 4)
-        _mix_backward_kernel[(programs,)](
-            x, x0, lambdas, dmixed.contiguous(), dnormed.contiguous(), dx, dx0, sums, T, W, programs,
-            ADD=add, EPS=_Mix.EPS, BLOCK=triton.next_power_of_2(W), num_warps=1,
+        x, x0 = ctx.saved_tensors
+        (T, W), dx, count, row, drow, dx0 = x.shape, torch.empty_like(x), min(4096, len(x)), None, None, None
+        add = "gradient" in ctx.shared
+        if x0 is not None:
+            row, drow = ctx.lambdas[ctx.layer], gradient(ctx.lambdas)[ctx.layer]
+            dx0 = ctx.shared["gradient"] = ctx.shared["gradient"] if add else torch.empty_like(x0)
+        _mix_backward_kernel[(count,)](
+            x, x0, row, dmixed.contiguous(), dnormed.contiguous(), dx, dx0, drow, T, W, count,
+            ADD=add, EPS=EPS, BLOCK=triton.next_power_of_2(W), num_warps=1,
         )  # fmt: skip
-        return dx, ctx.shared.pop("gradient") if ctx.first else None, sums.sum(0), None, None
+        return dx, ctx.shared.pop("gradient") if x0 is not None and ctx.first else None, None, None, None, None
 
 
-def mix(x: Tensor, x0: Tensor, lambdas: Tensor, shared: dict, fp8: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The residual stream x (T, width) mixed with x0 by the first two of lambdas (4,), float32; that, normed; and with fp8 its e4m3 copy.
+def mix(x: Tensor, x0: Tensor, lambdas: Tensor, layer: int, shared: dict, fp8: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The residual stream x (T, width) mixed with x0 by the first two of a layer's row of lambdas (layers, 4), float32; and that, normed.
 
-    shared: one dict, empty at first, for all layers that mix this x0 in.
+    With fp8, that in e4m3 too, whose values are then those of the second. shared: one dict, empty at first, for all layers that
+    mix this x0 in.
     """
-    return _Mix.apply(x, x0, lambdas, shared, fp8) if x.is_cuda else (*mix_reference(x, x0, lambdas), None)
+    return _Mix.apply(x, x0, lambdas, layer, shared, fp8) if x.is_cuda else (*mix_reference(x, x0, lambdas[layer]), None)
+
+
+def renorm(x: Tensor, fp8: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The residual stream x (T, width), to go on with; that, normed; and with fp8 that in e4m3, as in `mix`."""
+    return _Mix.apply(x, None, None, 0, {}, fp8) if x.is_cuda else (x, norm(x), None)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -558,42 +523,90 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def heads_reference(qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of attention: q and k normed and turned, v mixed; arguments as in `attention`."""
+    """q, k and v of attention from qkv (T, 3, heads, head_dim): q and k normed and turned, v mixed by l0 and l1, float32 scalar tensors."""
     q, k, v = qkv.unbind(1)
     v = l0 * v if value is None else l0 * v + l1 * value.view_as(v)
     return rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v
 
 
 @triton.jit
-def _heads_kernel(
-    qkv_ptr, value_ptr, l0_ptr, l1_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, factor_ptr, T,
-    EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr,
+def _store_head(
+    x, heads, raw, value, cos_tiles, sin_tiles, lambdas_ptr, factor_ptr, row, column, T,
+    EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """q, k and v, and the factors by which the norm scaled q and k."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    half = tl.arange(0, HALF)
-    inside = (rows < T)[:, None]
-    at = (rows[:, None] * H + tl.program_id(1)) * D + half[None, :]
-    source = (rows[:, None] * 3 * H + tl.program_id(1)) * D + half[None, :]
-    cos = tl.load(cos_ptr + rows[:, None] * HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + rows[:, None] * HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
-    for part in tl.static_range(2):
-        out_ptr = k_ptr if part else q_ptr
-        low = tl.load(qkv_ptr + source + part * H * D, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(qkv_ptr + source + part * H * D + HALF, mask=inside, other=0.0).to(tl.float32)
+    low, high = x.reshape(BM, 2, D // 2).permute(0, 2, 1).split()
+    if column < 2 * H * D:
         factor = tl.rsqrt(tl.sum(low * low + high * high, 1) / D + EPS)
-        tl.store(factor_ptr + (part * H + tl.program_id(1)) * T + rows, factor, mask=rows < T)
-        tl.store(out_ptr + at, ((low * cos + high * sin) * factor[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(out_ptr + at + HALF, ((high * cos - low * sin) * factor[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
-    for part in tl.static_range(2):
-        v = tl.load(l0_ptr) * tl.load(qkv_ptr + source + 2 * H * D + part * HALF, mask=inside, other=0.0).to(tl.float32)
-        if value_ptr is not None:
-            v += tl.load(l1_ptr) * tl.load(value_ptr + at + part * HALF, mask=inside, other=0.0).to(tl.float32)
-        tl.store(v_ptr + at + part * HALF, v.to(v_ptr.dtype.element_ty), mask=inside)
+        rows = row + tl.arange(0, BM)
+        tl.store(factor_ptr + column // D * T + rows, factor, mask=rows < T)
+        cos = cos_tiles.load([row, 0]).to(tl.float32) * factor[:, None]
+        sin = sin_tiles.load([row, 0]).to(tl.float32) * factor[:, None]
+        low, high = low * cos + high * sin, high * cos - low * sin
+    else:
+        within = column - 2 * H * D
+        raw.store([row, within], low.to(raw.dtype))
+        raw.store([row, within + D // 2], high.to(raw.dtype))
+        low, high = low * tl.load(lambdas_ptr + 2), high * tl.load(lambdas_ptr + 2)
+        if value is not None:
+            low += tl.load(lambdas_ptr + 3) * value.load([row, within]).to(tl.float32)
+            high += tl.load(lambdas_ptr + 3) * value.load([row, within + D // 2]).to(tl.float32)
+    heads.store([row, column], low.to(heads.dtype))
+    heads.store([row, column + D // 2], high.to(heads.dtype))
+
+
+@triton.jit
+def _heads_kernel(
+    x, weight, heads, raw, value, cos_tiles, sin_tiles, lambdas_ptr, factor_ptr, T, K, PROGRAMS,
+    SCALE: tl.constexpr, EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """q, k and v of attention, SCALE x weight^T, normed and turned or mixed before they are stored; v also as it was.
+
+    factor: what the norm scaled q and k by. A tile is two heads wide, so that the product reads less;
+    what an odd last one has beyond v is neither read nor stored.
+    """
+    across = tl.cdiv(3 * H, 2)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):  # the next tile loads while this one is stored
+        row, column = tile // across * BM, tile % across * 2 * D
+        y = tl.zeros([BM, 2 * D], tl.float32)
+        for k in range(0, K, BK):
+            y = tl.dot(x.load([row, k]), tl.trans(weight.load([column, k])), y, input_precision="ieee")
+        left, right = (y * SCALE).reshape(BM, 2, D).permute(0, 2, 1).split()
+        _store_head(left, heads, raw, value, cos_tiles, sin_tiles, lambdas_ptr, factor_ptr, row, column, T, EPS, H, D, BM)
+        _store_head(right, heads, raw, value, cos_tiles, sin_tiles, lambdas_ptr, factor_ptr, row, column + D, T, EPS, H, D, BM)
+
+
+HOPPER_HEADS, SMALL_HEADS = (128, 128, 8, 3), (64, 64, 4, 2)  # rows, depth in bytes, warps, stages
+
+
+def programs(x: Tensor) -> int:
+    """How many persistent programs fill the device of x: one a multiprocessor; a few in Triton's interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+
+
+def heads_forward(
+    x: Tensor, x8: Tensor | None, weight: Tensor, weight8: Tensor | None, value: Tensor | None, lambdas: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The Triton twin of a product, by e4m3 copies where there are any, and `heads_reference`.
+
+    x: normed, (T, width). weight: (3 width, width). lambdas: float32 (4,), of which the last two mix v with value (T, width). cos, sin:
+    (at least T, head_dim / 2). Returns q, k and v, (T, 3, heads, head_dim); for the backward pass v unmixed, (T, width), and the
+    factors of the norm of q and k, float32 (2, heads, T).
+    """
+    (T, W), D = x.shape, 2 * cos.size(1)
+    heads, raw, factors = x.new_empty(T, 3, W // D, D), torch.empty_like(x), x.new_empty(2, W // D, T, dtype=torch.float32)
+    a, b, scale = (x, weight, 1.0) if weight8 is None else (x8, weight8, normed_scale(x) * WEIGHT_SCALE)
+    BM, depth, warps, stages = HOPPER_HEADS if on_hopper(x) else SMALL_HEADS
+    BK = depth // a.element_size()
+    stored = [t if t is None else TensorDescriptor.from_tensor(t, [BM, D // 2]) for t in (heads.view(T, 3 * W), raw, value, cos, sin)]
+    _heads_kernel[(programs(x),)](
+        TensorDescriptor.from_tensor(a, [BM, BK]), TensorDescriptor.from_tensor(b, [2 * D, BK]), *stored, lambdas, factors, T, W, programs(x),
+        SCALE=scale, EPS=EPS, H=W // D, D=D, BM=BM, BK=BK, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return heads, raw, factors
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, scale: Tensor) -> Tensor:
-    """Gated attention of q, k and v (T, heads, head_dim), in which query i sees the keys first[i] to i; arguments as in `attention`."""
+    """Attention of q, k and v (T, heads, head_dim), in which query i sees the keys first[i] to i, times the sigmoid of gate (T, heads)."""
     at = torch.arange(q.size(0), device=q.device)
     visible = (first[:, None] <= at) & (at <= at[:, None])
     q, k, v = (t.transpose(0, 1)[None] for t in (q * scale, k, v))
@@ -628,7 +641,7 @@ def _store_tile(ptr, start, column, T, width, tile, ROWS: tl.constexpr, COLUMNS:
 
 @triton.jit
 def _attention_forward_kernel(
-    k_tiles, v_tiles, q_tiles, out_tiles, gate_ptr, lse_ptr, first_ptr, scale_ptr, T,
+    kv_tiles, q_tiles, out_tiles, gate_ptr, lse_ptr, first_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A gate g only scales a row's probabilities, so what the backward pass reads is the log-sum-exp less log2(g)."""
@@ -645,8 +658,8 @@ def _attention_forward_kernel(
     full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)  # from this key on, all rows see a key before them
     key = tl.arange(0, BN)[None, :]
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
-        k = k_tiles.load([n, head * D])
-        v = v_tiles.load([n, head * D])
+        k = kv_tiles.load([n, (H + head) * D])
+        v = kv_tiles.load([n, (2 * H + head) * D])
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = _mask(scores, (first - n)[:, None], key, (rows - n)[:, None], (n < full) | (n + BN > start))
         new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -675,7 +688,7 @@ def _store_before_norm(ptr, start, column, T, width, dx, x, factor, cos_ptr, sin
 
 @triton.jit
 def _attention_query_kernel(
-    k_tiles, v_tiles, q_ptr, out_ptr, dout_ptr, cos_ptr, sin_ptr, dqkv_ptr,
+    kv_tiles, heads_ptr, out_ptr, dout_ptr, cos_ptr, sin_ptr, dqkv_ptr,
     factor_ptr, gate_ptr, lse_ptr, delta_ptr, dgate_ptr, first_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -687,7 +700,7 @@ def _attention_query_kernel(
     scale = tl.load(scale_ptr)
     first = tl.load(first_ptr + rows, mask=inside, other=T)
     lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=float("inf"))
-    q = _load_tile(q_ptr, start, head * D, T, H * D, BM, D)
+    q = _load_tile(heads_ptr, start, head * D, T, 3 * H * D, BM, D)
     dout = _load_tile(dout_ptr, start, head * D, T, H * D, BM, D)
     out = _load_tile(out_ptr, start, head * D, T, H * D, BM, D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
@@ -699,8 +712,8 @@ def _attention_query_kernel(
     full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)
     key = tl.arange(0, BN)[None, :]
     for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
-        k = k_tiles.load([n, head * D])
-        v = v_tiles.load([n, head * D])
+        k = kv_tiles.load([n, (H + head) * D])
+        v = kv_tiles.load([n, (2 * H + head) * D])
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = _mask(scores, (first - n)[:, None], key, (rows - n)[:, None], (n < full) | (n + BN > start))
         p = tl.exp2(scores * (scale * 1.4426950408889634) - lse[:, None])
@@ -708,25 +721,25 @@ def _attention_query_kernel(
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     factor = tl.load(factor_ptr + head * T + rows, mask=inside, other=0.0)
-    q = _load_tile(q_ptr, start, head * D, T, H * D, BM, D)  # again: the loop has no registers to keep it in
+    q = _load_tile(heads_ptr, start, head * D, T, 3 * H * D, BM, D)  # again: the loop has no registers to keep it in
     _store_before_norm(dqkv_ptr, start, head * D, T, 3 * H * D, dq * scale, q.to(tl.float32), factor, cos_ptr, sin_ptr, BM, D)
 
 
 @triton.jit
 def _attention_key_kernel(
-    q_tiles, dout_tiles, k_tiles, v_tiles, qkv_ptr, value_ptr, dvalue_ptr, cos_ptr, sin_ptr, dqkv_ptr,
-    factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, l0_ptr, l1_ptr, sums_ptr, scale_ptr, T,
+    q_tiles, dout_tiles, kv_tiles, raw_ptr, value_ptr, dvalue_ptr, cos_ptr, sin_ptr, dqkv_ptr,
+    factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, lambdas_ptr, dlambdas_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of k before its norm, of v before it is mixed, and of value; and, a row a program, terms of those of l0 and l1.
+    """The gradients of k before its norm, of v before it is mixed, and of value; and that of lambdas, added to what is there.
 
     A tile of keys meets every query that sees one of them.
     """
     head = tl.program_id(1)
     start = tl.program_id(0) * BN
     scale = tl.load(scale_ptr)
-    k = k_tiles.load([start, head * D])
-    v = v_tiles.load([start, head * D])
+    k = kv_tiles.load([start, (H + head) * D])
+    v = kv_tiles.load([start, (2 * H + head) * D])
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     end = tl.load(last_ptr + tl.minimum(start + BN, T) - 1) + 1
@@ -750,12 +763,11 @@ def _attention_key_kernel(
     keys = start + tl.arange(0, BN)
     factor = tl.load(factor_ptr + (H + head) * T + keys, mask=keys < T, other=0.0)
     _store_before_norm(dqkv_ptr, start, (H + head) * D, T, 3 * H * D, dk * scale, k.to(tl.float32), factor, cos_ptr, sin_ptr, BN, D)
-    _store_tile(dqkv_ptr, start, (2 * H + head) * D, T, 3 * H * D, dv * tl.load(l0_ptr), BN, D)
-    sums_ptr += 2 * (tl.program_id(0) * H + head)
-    tl.store(sums_ptr, tl.sum(dv * _load_tile(qkv_ptr, start, (2 * H + head) * D, T, 3 * H * D, BN, D).to(tl.float32)))
+    _store_tile(dqkv_ptr, start, (2 * H + head) * D, T, 3 * H * D, dv * tl.load(lambdas_ptr + 2), BN, D)
+    tl.atomic_add(dlambdas_ptr + 2, tl.sum(dv * _load_tile(raw_ptr, start, head * D, T, H * D, BN, D).to(tl.float32)), sem="relaxed")
     if value_ptr is not None:
-        _store_tile(dvalue_ptr, start, head * D, T, H * D, dv * tl.load(l1_ptr), BN, D)
-        tl.store(sums_ptr + 1, tl.sum(dv * _load_tile(value_ptr, start, head * D, T, H * D, BN, D).to(tl.float32)))
+        _store_tile(dvalue_ptr, start, head * D, T, H * D, dv * tl.load(lambdas_ptr + 3), BN, D)
+        tl.atomic_add(dlambdas_ptr + 3, tl.sum(dv * _load_tile(value_ptr, start, head * D, T, H * D, BN, D).to(tl.float32)), sem="relaxed")
 
 
 # Tile sizes by kernel: (queries, keys, warps, stages). Fixed, so that no start pays for tuning; found on an H200.
@@ -766,96 +778,110 @@ SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 6
 def _attention_launch(kernel, name: str, others: tuple[Tensor, ...], own: tuple[Tensor, ...], *rest: Tensor | None):
     """Run one attention kernel over (tiles of queries, or in the key kernel of keys) x heads.
 
-    others: (T, heads, head_dim) each, what its loop reads, tiles of the other kind; own: likewise, tiles of its own kind. Both go
-    through tensor descriptors. rest: its other tensors; several tiles read at once go by pointers, for such loads do not wait
-    for each other.
+    others: what its loop reads, tiles of the other kind, of which the first is q, k and v, (T, 3, heads, head_dim); own: tiles of its
+    own kind. Both go through tensor descriptors. rest: its other tensors; several tiles read at once go by pointers, for such
+    loads do not wait for each other.
     """
-    T, H, D = others[0].shape
+    T, _, H, D = others[0].shape
     BM, BN, warps, stages = (HOPPER_TILES if on_hopper(others[0]) else SMALL_TILES)[name]
     rows, columns = (BN, BM) if name == "key" else (BM, BN)
     groups = ((others, columns), (own, rows))
-    tiles = [TensorDescriptor.from_tensor(t.view(T, H * D), [size, D]) for tensors, size in groups for t in tensors]
+    tiles = [TensorDescriptor.from_tensor(t.flatten(1), [size, D]) for tensors, size in groups for t in tensors]
     kernel[triton.cdiv(T, rows), H](*tiles, *rest, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
 
-@torch.library.custom_op("speedrun::attention", mutates_args=())
-def attention_forward(
-    qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, first: Tensor, last: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The Triton twin of `attention`: the output; then, for the backward pass,
+def attention_forward(heads: Tensor, gate: Tensor, first: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The Triton twin of `attention_reference`, in the manner of FlashAttention (arXiv 2205.14135), for q, k and v in one (T, 3, heads, head_dim).
 
-    the base-2 log-sum-exp of each row's scores over its gate, float32 (heads, T), q, k and v as attention reads them, and the
-    factors of the norm of q and k, float32 (2, heads, T).
+    Returns the output and, for the backward pass, the base-2 log-sum-exp of each row's scores over its gate, float32 (heads, T).
     """
-    T, _, H, D = qkv.shape
-    qkv, gate, value = qkv.contiguous(), gate.contiguous(), value if value is None else value.contiguous()
-    out, q, k, v = (qkv.new_empty(T, H, D) for _ in range(4))
-    lse, factors = (qkv.new_empty(*shape, dtype=torch.float32) for shape in ((H, T), (2, H, T)))
-    _heads_kernel[triton.cdiv(T, 16), H](
-        qkv, value, l0, l1, cos, sin, q, k, v, factors, T, EPS=torch.finfo(torch.float32).eps, H=H, D=D, HALF=D // 2, BM=16, num_warps=4
-    )
-    _attention_launch(_attention_forward_kernel, "forward", (k, v), (q, out), gate, lse, first, scale)
-    return out, lse, q, k, v, factors
+    T, _, H, _ = heads.shape
+    out, lse = torch.empty_like(heads[:, 0], memory_format=torch.contiguous_format), heads.new_empty(H, T, dtype=torch.float32)
+    _attention_launch(_attention_forward_kernel, "forward", (heads,), (heads, out), gate, lse, first, scale)
+    return out, lse
 
 
-@torch.library.custom_op("speedrun::attention_backward", mutates_args=())
 def attention_backward(
-    dout: Tensor, qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, first: Tensor,
-    last: Tensor, scale: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, factors: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of qkv, of value (empty if there is none), of l0 and l1 as one tensor (2,), and of gate."""
-    dout, qkv, gate, value = dout.contiguous(), qkv.contiguous(), gate.contiguous(), value if value is None else value.contiguous()
-    keys = triton.cdiv(len(q), (HOPPER_TILES if on_hopper(q) else SMALL_TILES)["key"][1])
-    dqkv, dgate, delta, sums = torch.empty_like(qkv), torch.empty_like(gate), torch.empty_like(lse), lse.new_zeros(keys * q.size(1), 2)
+    dout: Tensor, out: Tensor, lse: Tensor, heads: Tensor, raw: Tensor, value: Tensor | None, factors: Tensor, gate: Tensor,
+    lambdas: Tensor, dlambdas: Tensor, cos: Tensor, sin: Tensor, first: Tensor, last: Tensor, scale: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Gradients of what `heads_forward` made heads (T, 3, heads, head_dim) of, of value, if there is one, and of gate.
+
+    That of lambdas (4,) is added to dlambdas. last: int32 (T); key j is seen by the queries j to last[j].
+    """
+    dqkv, dgate, delta = torch.empty_like(heads), torch.empty_like(gate), torch.empty_like(lse)
     dvalue = None if value is None else torch.empty_like(value)
-    _attention_launch(_attention_query_kernel, "query", (k, v), (), q, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale)
-    _attention_launch(_attention_key_kernel, "key", (q, dout), (k, v), qkv, value, dvalue, cos, sin, dqkv,
-                      factors, lse, delta, first, last, l0, l1, sums, scale)  # fmt: skip
-    return dqkv, qkv.new_empty(0) if value is None else dvalue, sums.sum(0), dgate
+    _attention_launch(_attention_query_kernel, "query", (heads,), (), heads, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale)
+    _attention_launch(_attention_key_kernel, "key", (heads, dout), (heads,), raw, value, dvalue, cos, sin, dqkv,
+                      factors, lse, delta, first, last, lambdas, dlambdas, scale)  # fmt: skip
+    return dqkv, dvalue, dgate
 
 
-@attention_forward.register_fake
-def _(qkv, value, l0, l1, gate, cos, sin, first, last, scale):
-    T, _, H, D = qkv.shape
-    out, q, k, v = (qkv.new_empty(T, H, D) for _ in range(4))
-    return out, qkv.new_empty(H, T, dtype=torch.float32), q, k, v, qkv.new_empty(2, H, T, dtype=torch.float32)
+class _Attention(torch.autograd.Function):
+    """`attention` on a GPU, added to x in place. Gradients of its weights are added straight into theirs."""
 
+    @staticmethod
+    def forward(ctx, x, normed, copy, qkvo, gate, qkvo8, lambdas, layer, value, rotary, visible):
+        (T, W), (cos, sin, scale), (first, _) = x.shape, rotary, visible
+        gates = F.linear(normed[:, : gate.size(1)], gate)
+        inner = [t if t is None else t.view(4 * W, W)[: 3 * W] for t in (qkvo, qkvo8)]
+        heads, raw, factors = heads_forward(normed, copy, *inner, value, lambdas[layer], cos, sin)
+        out, lse = attention_forward(heads, gates, first, scale)
+        ctx.save_for_backward(normed, value, gates, heads, raw, factors, out, lse)
+        ctx.rest = qkvo, gate, lambdas, layer, rotary, visible
+        ctx.mark_dirty(x)
+        return x.addmm_(out.view(T, W), qkvo.view(4, W, W)[3].t())
 
-@attention_backward.register_fake
-def _(dout, qkv, value, l0, l1, gate, *_):
-    dvalue = qkv.new_empty(0) if value is None else value.new_empty(value.shape)
-    return qkv.new_empty(qkv.shape), dvalue, qkv.new_empty(2, dtype=torch.float32), gate.new_empty(gate.shape)
-
-
-def _attention_gradients(ctx, dout, *_):
-    dqkv, dvalue, (d0, d1), dgate = attention_backward(dout, *ctx.saved_tensors)
-    return dqkv, dvalue if ctx.needs_input_grad[1] else None, d0, d1, dgate, None, None, None, None, None
-
-
-attention_forward.register_autograd(
-    _attention_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output)
-)
+    @staticmethod
+    def backward(ctx, dx):
+        normed, value, gates, heads, raw, factors, out, lse = ctx.saved_tensors
+        qkvo, gate, lambdas, layer, (cos, sin, scale), (first, last) = ctx.rest
+        (T, W), channels, dx = dx.shape, gate.size(1), dx.contiguous()
+        weight, dweight = qkvo.view(4 * W, W), gradient(qkvo).view(4 * W, W)
+        dweight[3 * W :].addmm_(dx.t(), out.view(T, W))
+        dout = (dx @ weight[3 * W :]).view_as(out)
+        dqkv, dvalue, dgates = attention_backward(
+            dout, out, lse, heads, raw, value, factors, gates, lambdas[layer], gradient(lambdas)[layer], cos, sin, first, last, scale
+        )
+        dqkv = dqkv.view(T, 3 * W)
+        dweight[: 3 * W].addmm_(dqkv.t(), normed)
+        gradient(gate).addmm_(dgates.t(), normed[:, :channels])
+        dnormed = dqkv @ weight[: 3 * W]
+        dnormed[:, :channels].addmm_(dgates, gate)
+        return dx, dnormed, None, None, None, None, None, None, dvalue, None, None
 
 
 def attention(
-    qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, first: Tensor, last: Tensor, scale: Tensor
-) -> Tensor:
-    """Attention over packed documents, in the manner of FlashAttention (arXiv 2205.14135), each row of a head times a gate.
+    x: Tensor, normed: Tensor, copy: Tensor | None, qkvo: Tensor, gate: Tensor, qkvo8: Tensor | None, lambdas: Tensor, layer: int,
+    value: Tensor | None, rotary: tuple[Tensor, Tensor, Tensor], visible: tuple[Tensor, Tensor],
+) -> Tensor:  # fmt: skip
+    """The residual stream x (T, width), plus one attention path over what is normed of it (T, width). On a GPU x itself is changed.
 
-    qkv: (T, 3, heads, head_dim), of which q and k are normed and turned by rotary tables cos and sin (at least T, head_dim / 2),
-    and v becomes l0 v, plus l1 times value, (T, width), if there is one; l0, l1: float32 scalar tensors. gate: (T, heads), of
-    which the sigmoid is the factor. first, last: int32 (T); query i sees the keys first[i] to i, and key j is seen by the
-    queries j to last[j]; neither may decrease, so that a tile's bounds are those of its ends, and windows and documents of
-    any length cost no new compilation. scale: float32 scalar tensor. Returns (T, heads, head_dim).
+    Attention over packed documents, each row of a head times a gate. qkvo: (width, 4 width), the row-major view of Q, K, V and O, each output x
+    input. copy, qkvo8: normed and qkvo in e4m3, or None. gate: (heads, 12), which gives one sigmoid gate a head. The last two of a
+    layer's row of lambdas (layers, 4), float32, mix v with value, rows of a value embedding (T, width; value residual, arXiv
+    2410.17897), if there is one. rotary: cos, sin and scale of Rotary. visible: first and last, int32 (T); query i sees the
+    keys first[i] to i, and key j is seen by the queries j to last[j]; neither may decrease, so that a tile's bounds are those of
+    its ends, and windows and documents of any length cost no new compilation.
     """
-    if qkv.is_cuda:
-        return attention_forward(qkv, value, l0, l1, gate, cos, sin, first, last, scale)[0]
-    return attention_reference(*heads_reference(qkv, value, l0, l1, cos, sin), gate, first, scale)
+    if x.is_cuda:
+        return _Attention.apply(x, normed, copy, qkvo, gate, qkvo8, lambdas, layer, value, rotary, visible)
+    (T, W), (cos, sin, scale), (_, _, l0, l1) = x.shape, rotary, lambdas[layer].unbind()
+    weights = qkvo.view(4, W, W)
+    qkv = F.linear(normed, weights[:3].flatten(0, 1)).view(T, 3, len(gate), -1)
+    gates = F.linear(normed[:, : gate.size(1)], gate)
+    y = attention_reference(*heads_reference(qkv, value, l0, l1, cos, sin), gates, visible[0], scale)
+    return x + F.linear(y.reshape(T, W), weights[3])
 
 
-def mlp_reference(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """relu(x w_in)^2 w_out^T (arXiv 2109.08668); arguments as in `mlp`."""
-    return F.linear(torch.relu(x @ w_in).square(), w_out)
+def relu_squared(x: Tensor) -> Tensor:
+    """ReLU^2 (arXiv 2109.08668)."""
+    return torch.relu(x).square()
+
+
+def relu_squared_backward(dout: Tensor, squares: Tensor) -> Tensor:
+    """The gradient of what ReLU^2 made squares of."""
+    return (dout * (2 * squares.float().sqrt())).to(dout.dtype)
 
 
 @triton.jit
@@ -899,62 +925,66 @@ def _mlp_launch(a: Tensor, b: Tensor, out: Tensor, out8: Tensor | None = None, h
     BM, BN, BK, warps, stages = MLP_TILE
     BK //= a.element_size()
     turned = a.dtype == torch.float8_e4m3fn
-    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
     tiles = [TensorDescriptor.from_tensor(t, [BM, BN // 2]) if t is not None else None for t in (out, out8, hidden)]
-    _mlp_kernel[(programs,)](
+    _mlp_kernel[(programs(a),)](
         TensorDescriptor.from_tensor(a.contiguous(), [BM, BK]), TensorDescriptor.from_tensor(b.contiguous(), [BN, BK] if turned else [BK, BN]), *tiles,
-        T, N, K, programs, SCALE=scale, TURNED=turned, BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
+        T, N, K, programs(a), SCALE=scale, TURNED=turned, BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
-@torch.library.custom_op("speedrun::mlp", mutates_args=())
-def mlp_forward(
-    x: Tensor, w_in: Tensor, w_out: Tensor, x8: Tensor | None, in8: Tensor | None, out8: Tensor | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The Triton twin of `mlp_reference`: its result, and the hidden units behind ReLU^2 (T, hidden).
-
-    With e4m3 copies, of which that of w_in is transposed, (hidden, width), the products are theirs.
-    """
+def mlp_hidden(x: Tensor, x8: Tensor | None, w_in: Tensor, in8: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """relu(x w_in)^2 (T, hidden), and in e4m3 given such copies, of which that of w_in is transposed; on Hopper in one kernel."""
+    if not on_hopper(x):
+        return fused(relu_squared, x @ w_in), None
     hidden, hidden8 = x.new_empty(x.size(0), w_in.size(1)), None
     if x8 is None:
         _mlp_launch(x, w_in, hidden)
     else:
         hidden8 = torch.empty_like(hidden, dtype=x8.dtype)
         _mlp_launch(x8, in8, hidden, hidden8, scale=normed_scale(x) * WEIGHT_SCALE)
-    return product(hidden, hidden8, w_out, out8, 1.0), hidden
+    return hidden, hidden8
 
 
-@torch.library.custom_op("speedrun::mlp_backward", mutates_args=())
-def mlp_backward(dout: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, w_in and w_out, by exact products."""
+def mlp_hidden_backward(dy: Tensor, w_out: Tensor, hidden: Tensor) -> Tensor:
+    """The gradient of x w_in, given that of hidden w_out^T; on Hopper in one kernel."""
+    if not on_hopper(dy):
+        return fused(relu_squared_backward, dy @ w_out, hidden)
     dhidden = torch.empty_like(hidden)
-    _mlp_launch(dout, w_out, dhidden, hidden=hidden)
-    return dhidden @ w_in.t(), x.t() @ dhidden, dout.t() @ hidden
+    _mlp_launch(dy, w_out, dhidden, hidden=hidden)
+    return dhidden
 
 
-@mlp_forward.register_fake
-def _(x, w_in, w_out, x8, in8, out8):
-    return x.new_empty(x.shape), x.new_empty(x.size(0), w_in.size(1))
+class _MLP(torch.autograd.Function):
+    """`mlp` on a GPU. Gradients, by exact products, of its weights are added straight into theirs."""
+
+    @staticmethod
+    def forward(ctx, x, normed, copy, w_in, w_out, in8, out8):
+        hidden, hidden8 = mlp_hidden(normed, copy, w_in, in8)
+        ctx.save_for_backward(normed, hidden)
+        ctx.weights = w_in, w_out
+        if hidden8 is None:
+            return x + F.linear(hidden, w_out)
+        return x + torch._scaled_mm(
+            hidden8, out8.t(), constant(1.0, x.device), constant(WEIGHT_SCALE, x.device), out_dtype=x.dtype, use_fast_accum=True
+        )
+
+    @staticmethod
+    def backward(ctx, dx):
+        (normed, hidden), (w_in, w_out), dx = ctx.saved_tensors, ctx.weights, dx.contiguous()
+        dhidden = mlp_hidden_backward(dx, w_out, hidden)
+        gradient(w_out).addmm_(dx.t(), hidden)
+        gradient(w_in).addmm_(normed.t(), dhidden)
+        return dx, dhidden @ w_in.t(), None, None, None, None, None
 
 
-@mlp_backward.register_fake
-def _(dout, x, w_in, w_out, hidden):
-    return x.new_empty(x.shape), w_in.new_empty(w_in.shape), w_out.new_empty(w_out.shape)
+def mlp(x: Tensor, normed: Tensor, copy: Tensor | None, w_in: Tensor, w_out: Tensor, in8: Tensor | None, out8: Tensor | None) -> Tensor:
+    """The residual stream x (T, width), plus one MLP path over what is normed of it: relu(normed w_in)^2 w_out^T.
 
-
-def _save_mlp(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], output[1])
-
-
-mlp_forward.register_autograd(lambda ctx, dout, _: (*mlp_backward(dout, *ctx.saved_tensors), None, None, None), setup_context=_save_mlp)
-
-
-def mlp(x: Tensor, x8: Tensor | None, w_in: Tensor, w_out: Tensor, in8: Tensor | None, out8: Tensor | None) -> Tensor:
-    """relu(x w_in)^2 w_out^T (arXiv 2109.08668): normed x (T, width), both weights (width, hidden).
-
-    On Hopper ReLU^2, either way, is in the product; and forward products are e4m3, given such copies of x, of the transposed w_in and of w_out.
+    Both weights (width, hidden). copy, in8, out8: normed, the transposed w_in and w_out in e4m3, or None.
     """
-    return mlp_forward(x, w_in, w_out, x8, in8, out8)[0] if on_hopper(x) else mlp_reference(x, w_in, w_out)
+    if x.is_cuda:
+        return _MLP.apply(x, normed, copy, w_in, w_out, in8, out8)
+    return x + F.linear(relu_squared(normed @ w_in), w_out)
 
 
 SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5) = 15 * (1 + tanh(z / 15))
@@ -1143,9 +1173,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        (tokens,), grad = ctx.saved_tensors, ctx.table.grad
-        if grad is None:
-            grad = ctx.table.grad = torch.zeros_like(ctx.table, dtype=ctx.table.grad_dtype)
+        (tokens,), grad = ctx.saved_tensors, gradient(ctx.table)
         if grad.is_cuda:
             scatter_add(grad, tokens, dout.contiguous())
         else:
@@ -1211,42 +1239,24 @@ def embed(e: Tensor, gate: Tensor, s: Tensor) -> Tensor:
     return norm(torch.cat([e[:1], e[1:] + mixed]))
 
 
-def attention_path(
-    x: Tensor, x8: Tensor | None, weight: Tensor, gate: Tensor, copy: Tensor | None, l0: Tensor, l1: Tensor, value: Tensor | None, rotary, visible
-) -> Tensor:  # fmt: skip
-    """One attention path over normed x (T, width).
-
-    weight: (width, 4 width), the row-major view of Q, K, V and O, each output x input. gate: (heads, 12), one sigmoid gate a head.
-    x8, copy: x and weight in e4m3, or None. value: rows of a value embedding (T, width), mixed into v (value residual, arXiv 2410.17897), or None.
-    """
-    T, width = x.shape
-    qkvo = weight.view(4, width, width)
-    inner = [t if t is None else t.view(4 * width, width)[: 3 * width] for t in (weight, copy)]
-    qkv, gates = linear(x, x8, *inner, gate)
-    cos, sin, scale = rotary
-    y = attention(qkv.view(T, 3, len(gate), -1), value, l0, l1, gates, cos, sin, *visible, scale)
-    return linear(y.reshape(T, width), None, qkvo[3], None)[0]
-
-
 def join(x: Tensor, gate: Tensor, kept: Tensor) -> Tensor:
     """A long skip: the residual stream x (T, width) and what was kept of it, times its gate's sigmoid."""
     return x + torch.sigmoid(gate) * kept
 
 
-def block(x: Tensor, normed: Tensor, copy: Tensor | None, lambdas: Tensor, attention_paths, mlp_paths, value: Tensor | None, rotary, visible) -> Tensor:
-    """One layer slot: the residual stream x (T, width), plus its attention paths, plus its MLP paths.
+def block(x: Tensor, x0: Tensor, lambdas: Tensor, layer: int, attention_paths, mlp_paths, value: Tensor | None, rotary, visible, shared: dict) -> Tensor:
+    """One layer slot: the residual stream x (T, width), mixed with x0, plus its attention paths, plus its MLP paths.
 
-    normed, copy: x normed, and that in e4m3 or None. lambdas: (4,) float32, a row of GPT.lambdas. rotary: cos, sin and scale of
-    Rotary. visible: first and last of `attention`. A path: its matrices, then their copies in e4m3 or None.
+    A path: its matrices, then their copies in e4m3 or None. The other arguments as in `mix` and `attention`.
     """
-    _, _, l0, l1 = lambdas.unbind()
+    fp8 = any(path[-1] is not None for path in (*attention_paths, *mlp_paths))
+    x, normed, copy = mix(x, x0, lambdas, layer, shared, fp8)
     for path in attention_paths:
-        x = x + attention_path(normed, copy, *path, l0, l1, value, rotary, visible)
+        x = attention(x, normed, copy, *path, lambdas, layer, value, rotary, visible)
     if attention_paths and mlp_paths:
-        normed = norm(x)
-        copy = None if copy is None else to_e4m3(normed.detach(), 1 / normed_scale(x))
+        x, normed, copy = renorm(x, fp8)
     for path in mlp_paths:
-        x = x + mlp(normed, copy, *path)
+        x = mlp(x, normed, copy, *path)
     return x
 
 
@@ -1301,8 +1311,7 @@ class GPT(nn.Module):
         self.rotary = Rotary(width // s.num_heads, max(s.train_tokens, s.val_tokens_each), world.dtype)
         self.to(world.device)
         self.fetch = lambda parameters: None  # called before parameters are read; Trainer waits there for their communication
-        # One graph serves every layer of a kind and every window; evaluation runs it uncompiled.
-        self.compiled = [compiled(f) if world.device.type == "cuda" else f for f in (embed, join, block, leave)]
+        self.compiled = [compiled(f) if world.device.type == "cuda" else f for f in (embed, join, leave)]  # for training alone
 
     @torch.no_grad()
     def quantize(self):
@@ -1326,7 +1335,7 @@ class GPT(nn.Module):
         They may be int32 tensors, which a CUDA graph reads anew.
         """
         self.fetch((self.smear_gate, self.scalars, self.lambdas, self.embedding, *self.values))
-        embed_, join_, block_, leave_ = self.compiled if self.training else (embed, join, block, leave)
+        embed_, join_, leave_ = self.compiled if self.training else (embed, join, leave)
         copies = self.copies if self.training else {}
         at = torch.arange(len(batch.inputs), dtype=torch.int32, device=batch.inputs.device)
         visible = {
@@ -1339,16 +1348,15 @@ class GPT(nn.Module):
         x0 = embed_(lookup(batch.inputs, self.embedding), self.smear_gate, smear)
         x, shared = x0, {}
         kept, wanted = {}, {self.backout_layer, *(source for source, _ in self.skips)}
-        for i, (layer, slot, lambdas) in enumerate(zip(self.layers, self.slots, self.lambdas.unbind(), strict=True)):
+        for i, (layer, slot) in enumerate(zip(self.layers, self.slots, strict=True)):
             if layer.attention or layer.mlp:
                 self.fetch(slot.parameters())
                 for (source, target), gate in zip(self.skips, skip_gates, strict=True):
                     x = join_(x, gate, kept[source]) if target == i else x
-                mixed = mix(x, x0, lambdas, shared, bool(copies))
                 attention_paths = tuple((w, gate, copies.get((w, False))) for w, gate in zip(slot.attention, slot.gate, strict=True))
                 mlp_paths = tuple((w, v, copies.get((w, True)), copies.get((v, False))) for w, v in zip(slot.mlp_in, slot.mlp_out, strict=True))
                 value = values[layer.value] if layer.attention and layer.value >= 0 else None
-                x = block_(*mixed, lambdas, attention_paths, mlp_paths, value, rotary, visible[layer.window])
+                x = block(x, x0, self.lambdas, i, attention_paths, mlp_paths, value, rotary, visible[layer.window], shared)
             if i in wanted:
                 kept[i] = x
         return leave_(x, backout, kept.get(self.backout_layer), bool(copies))
@@ -2009,7 +2017,7 @@ def describe_machine(world: World) -> str:
         f"devices: {world.size} x {torch.cuda.get_device_name(world.device) if gpu else 'CPU process'}",
         f"head: {head}",
         f"blocks: {blocks}",
-        "not deterministic: embedding gradients, added by atomics in no fixed order" if gpu else "deterministic: the same settings give the same bits",
+        "not deterministic: gradients of embeddings and lambdas, added by atomics in no fixed order" if gpu else "deterministic: the same settings give the same bits",
     ]
     if gpu and shutil.which("nvidia-smi"):
         found = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
@@ -2150,10 +2158,8 @@ class Meter:
 
 
 PARTS = (  # of a profile, by kernel names (on a CPU, operators'); the first that fits counts
-    ("fused by the compiler", r"^triton_"), ("communication", r"nccl|gloo|c10d"), ("attention", r"attention"), ("loss", r"_loss_|log_softmax|nll"),
-    ("embeddings", r"_scatter_add|index_add|embedding"), ("products", r"_mlp_kernel|nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"),
     ("fused by the compiler", r"^triton_"), ("communication", r"nccl|gloo|c10d"), ("attention", r"attention|_heads_"), ("loss", r"_loss_|log_softmax|nll"),
-    ("embeddings", r"_scatter_add|index_add|embedding"), ("products", r"nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"),
+    ("embeddings", r"_scatter_add|index_add|embedding"), ("products", r"_mlp_kernel|nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"),
     ("other", r""),
 )  # fmt: skip
 

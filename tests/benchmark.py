@@ -62,38 +62,40 @@ class Table:
 
 
 def attention_inputs() -> list:
-    """qkv, value, l0, l1, gate, cos, sin and scale of the run's attention."""
-    angles, scalars = torch.randn(T, HEAD_DIM // 2, device=DEVICE), [torch.tensor(x, device=DEVICE) for x in (0.5, 0.5, 0.1)]
-    return [random(T, 3, HEADS, HEAD_DIM), random(T, HEADS * HEAD_DIM), *scalars[:2], random(T, HEADS), angles.cos().bfloat16(), angles.sin().bfloat16(), scalars[2]]
+    """x, weight, value, lambdas, gate, cos, sin and scale of the run's attention."""
+    angles, width = torch.randn(T, HEAD_DIM // 2, device=DEVICE), HEADS * HEAD_DIM
+    lambdas, scale = torch.tensor([1.0, 0.0, 0.5, 0.5], device=DEVICE), torch.tensor(0.1, device=DEVICE)
+    x, weight, value = g.norm(random(T, width)), random(3 * width, width) / width**0.5, random(T, width)
+    return [x, weight, value, lambdas, random(T, HEADS), angles.cos().bfloat16(), angles.sin().bfloat16(), scale]
 
 
 def benchmark_attention(table: Table):
-    """The three kernels alone, beside attention without gates, norm, rotary embedding and mixing, of which ours do the backward pass too, a row
+    """q, k and v; then the three kernels, beside attention without gates, norm, rotary embedding and mixing, of which ours do the backward pass
 
-    of its own; then, whole, what they and ours before them replace.
+    too, a row of its own.
     """
-    *inputs, scale = attention_inputs()
-    qkv, value = inputs[:2]
-    batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in g.heads_reference(*inputs[:4], *inputs[5:])]
-    flex, gradient = torch.compile(flex_attention), random(1, HEADS, T, HEAD_DIM)
-    leaves = [t.clone().requires_grad_() for t in inputs[:4]]
-    heads = torch.compile(g.heads_reference)(*leaves, *inputs[5:])
+    x, weight, value, lambdas, gate, cos, sin, scale = attention_inputs()
+    shape, flops = (T, 3, HEADS, HEAD_DIM), 6 * T * WIDTH * WIDTH
+    x8, weight8 = g.to_e4m3(x, 1 / g.normed_scale(x)), g.to_e4m3(weight, 1 / g.WEIGHT_SCALE)
+    reference = torch.compile(lambda x, weight, value: g.heads_reference(F.linear(x, weight).view(shape), value, *lambdas[2:], cos, sin))
+    for name, copies, rate in (("bf16", (None, None), 1), ("e4m3", (x8, weight8), 2)):
+        ours = lambda: g.heads_forward(x, copies[0], weight, copies[1], value, lambdas, cos, sin)  # noqa: B023, E731
+        table.row(f"q, k, v of x, {name}", ours, lambda: reference(x, weight, value), flops / rate, 6 * x.nbytes + weight.nbytes)
+    leaves = [t.requires_grad_() for t in (F.linear(x, weight).view(shape), value.clone(), lambdas[2].clone(), lambdas[3].clone())]
+    heads = torch.compile(g.heads_reference)(*leaves, cos, sin)
     grads = [torch.randn_like(t) for t in heads]
-    alone = lambda: torch.autograd.grad(heads, leaves, grads, retain_graph=True)  # noqa: E731
-    table.row("norm, rotary, mixing: reference back", alone, None, 0, 2 * (qkv.nbytes + value.nbytes))
+    table.row("norm, rotary, mixing: reference back", lambda: torch.autograd.grad(heads, leaves, grads, retain_graph=True), None, 0, 8 * x.nbytes)
+    batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in heads]
+    flex, gradient = torch.compile(flex_attention), random(1, HEADS, T, HEAD_DIM)
     launches = {name: attention_launches(name) for name in ("forward", "query", "key")}
     for window, forward, query, key in zip(WINDOWS, *launches.values(), strict=True):
-        first, last = document_bounds(window)
+        first, _ = document_bounds(window)
         mask = create_block_mask(lambda b, h, i, j, first=first: (first[i] <= j) & (j <= i), None, None, T, T, DEVICE, _compile=True)
         pairs = (torch.arange(T, device=DEVICE) - first + 1).sum().item() * HEADS * HEAD_DIM
         wanted = flex(*batched, block_mask=mask, scale=0.1)
         table.row(f"attention forward, W = {window}", forward, lambda: flex(*batched, block_mask=mask, scale=0.1), 4 * pairs, 4 * value.nbytes)
         table.row(f"attention backward, W = {window}", lambda: (query(), key()),
                   lambda: torch.autograd.grad(wanted, batched, gradient, retain_graph=True), 10 * pairs, 8 * value.nbytes)  # fmt: skip
-        whole = g.attention_forward(*inputs, first, last, scale)
-        table.row(f"all of attention forward, W = {window}", lambda: g.attention_forward(*inputs, first, last, scale), None, 4 * pairs, 4 * qkv.nbytes)
-        table.row(f"all of attention backward, W = {window}", lambda: g.attention_backward(whole[0], *inputs, first, last, scale, *whole), None,
-                  10 * pairs, 4 * qkv.nbytes)  # fmt: skip
 
 
 def benchmark_head(table: Table):
@@ -115,22 +117,22 @@ def benchmark_head(table: Table):
 def benchmark_mix(table: Table):
     """Both ways, with the e4m3 copy; beside the reference, whose gradient of x0 nobody has added to the other layers' yet."""
     x, x0, dmixed, dnormed = (random(T, WIDTH).requires_grad_() for _ in range(4))
-    lambdas, shared = torch.tensor([1.1, 0.2, 0.5, 0.5], device=DEVICE, requires_grad=True), {}
-    compiled = torch.compile(g.mix_reference)
+    lambdas, shared = torch.tensor([[1.1, 0.2, 0.5, 0.5]], device=DEVICE, requires_grad=True), {}
+    compiled = torch.compile(lambda x, x0, lambdas: g.mix_reference(x, x0, lambdas[0]))
     gradient = torch.zeros_like(x0)
-    wanted, (*found, _) = compiled(x, x0, lambdas), g.mix(x, x0, lambdas, shared, True)
-    table.row("mix forward", lambda: g.mix(x, x0, lambdas, {}, True), lambda: compiled(x, x0, lambdas), 0, 4.5 * x.nbytes)
+    wanted, (*found, _) = compiled(x, x0, lambdas), g.mix(x, x0, lambdas, 0, shared, True)
+    table.row("mix forward", lambda: g.mix(x, x0, lambdas, 0, {}, True), lambda: compiled(x, x0, lambdas), 0, 4.5 * x.nbytes)
 
     def backward():
         shared["gradient"] = gradient  # as if another layer had been there
-        torch.autograd.grad(found, (x, x0, lambdas), (dmixed, dnormed), retain_graph=True)
+        torch.autograd.grad(found, (x, x0), (dmixed, dnormed), retain_graph=True)
 
     table.row("mix backward", backward, lambda: torch.autograd.grad(wanted, (x, x0, lambdas), (dmixed, dnormed), retain_graph=True), 0, 7 * x.nbytes)
 
 
 def benchmark_mlp(table: Table):
     x, w_in, w_out, dout = random(T, WIDTH), *(0.03 * random(WIDTH, 4 * WIDTH) for _ in range(2)), random(T, WIDTH)
-    x, hidden = g.norm(x), g.mlp_forward(x, w_in, w_out, None, None, None)[1]
+    x, hidden = g.norm(x), g.mlp_hidden(x, None, w_in, None)[0]
     x8, in8 = g.to_e4m3(x, 1 / g.normed_scale(x)), g.to_e4m3(w_in.t().contiguous(), 1 / g.WEIGHT_SCALE)
     hidden8 = torch.empty_like(hidden, dtype=x8.dtype)
     result, dhidden = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -152,19 +154,18 @@ def benchmark_products(table: Table):
 def attention_launches(name: str) -> list:
     """A launch of one attention kernel for each of the run's windows; each reads its tiles when it is called."""
     kernel = {"forward": g._attention_forward_kernel, "query": g._attention_query_kernel, "key": g._attention_key_kernel}[name]
-    *inputs, scale = attention_inputs()
-    qkv, value, l0, l1, gate, cos, sin = inputs
-    dout, dqkv, dvalue, dgate = random(T, HEADS, HEAD_DIM), torch.empty_like(qkv), torch.empty_like(value), torch.empty_like(gate)
+    x, weight, value, lambdas, gate, cos, sin, scale = attention_inputs()
+    heads, raw, factors = g.heads_forward(x, None, weight, None, value, lambdas, cos, sin)
+    dout, dqkv, dvalue, dgate, dlambdas = random(T, HEADS, HEAD_DIM), *(torch.empty_like(t) for t in (heads, value, gate)), torch.zeros_like(lambdas)
     launches = []
     for window in WINDOWS:
         first, last = document_bounds(window)
-        out, lse, q, k, v, factors = g.attention_forward(*inputs, first, last, scale)
+        out, lse = g.attention_forward(heads, gate, first, scale)
         delta = ((out.float() * dout.float()).sum(-1) / torch.sigmoid(gate)).t().float().contiguous()
-        sums = torch.zeros(T // 16 * HEADS, 2, device=DEVICE)
         tensors = {
-            "forward": ((k, v), (q, out), gate, lse, first, scale),
-            "query": ((k, v), (), q, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale),
-            "key": ((q, dout), (k, v), qkv, value, dvalue, cos, sin, dqkv, factors, lse, delta, first, last, l0, l1, sums, scale),
+            "forward": ((heads,), (heads, out), gate, lse, first, scale),
+            "query": ((heads,), (), heads, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale),
+            "key": ((heads, dout), (heads,), raw, value, dvalue, cos, sin, dqkv, factors, lse, delta, first, last, lambdas, dlambdas, scale),
         }[name]
         launches.append(functools.partial(g._attention_launch, kernel, name, *tensors))
     return launches

@@ -40,9 +40,9 @@ def test_attention_launches(monkeypatch):
             launch()
             others, own, *rest = launch.args[2:]
             first, last = benchmark.document_bounds(window)
-            qkv, value, l0, l1, gate, cos, sin, scale = (t.double() for t in inputs)
-            qkv.requires_grad_()
-            wanted = train_gpt.attention_reference(*train_gpt.heads_reference(qkv, value, l0, l1, cos, sin), gate, first, scale)
+            x, weight, value, lambdas, gate, cos, sin, scale = (t.double() for t in inputs)
+            qkv = (x @ weight.t()).view(192, 3, 1, 16).requires_grad_()
+            wanted = train_gpt.attention_reference(*train_gpt.heads_reference(qkv, value, *lambdas[2:], cos, sin), gate, first, scale)
             if name == "forward":
                 pairs = [(own[1], wanted)]
             else:

@@ -18,21 +18,23 @@ from triton.compiler import ASTSource
 import train_gpt as g
 
 TYPES = {"T": "i32", "V": "i32", "C": "i32", "QUADS": "i32", "target_ptr": "*i32", "tokens_ptr": "*i32", "first_ptr": "*i32", "last_ptr": "*i32"}
-FLOATS = ("lse_ptr", "delta_ptr", "scale_ptr", "loss_ptr", "dloss_ptr", "table_ptr", "lambdas_ptr", "sums_ptr")
+FLOATS = ("lse_ptr", "delta_ptr", "scale_ptr", "loss_ptr", "dloss_ptr", "table_ptr", "lambdas_ptr", "dlambdas_ptr", "factor_ptr")
 TYPES |= {name: "*fp32" for name in FLOATS} | {"words_ptr": "*i32"}
+MIX, ALONE = {"EPS": g.EPS, "BLOCK": 1024}, {"x0_ptr": None, "lambdas_ptr": None}
 CAP = {"CAP": g.TANH_CAP, "SLOPE": g.TANH_SLOPE}
 
 
 def tiles(name, constants=None):
     BM, BN, warps, stages = g.HOPPER_TILES[name]
-    types = dict.fromkeys(("q_tiles", "out_tiles", "dout_tiles"), f"tensordesc<bf16[{BM}, 128]>") | dict.fromkeys(("k_tiles", "v_tiles"), f"tensordesc<bf16[{BN}, 128]>")
-    types |= dict.fromkeys(("factor_ptr", "l0_ptr", "l1_ptr", "sums_ptr"), "*fp32")
+    types = dict.fromkeys(("q_tiles", "out_tiles", "dout_tiles"), f"tensordesc<bf16[{BM}, 128]>") | {"kv_tiles": f"tensordesc<bf16[{BN}, 128]>"}
     return {"H": 6, "D": 128, "BM": BM, "BN": BN} | (constants or {}), types, warps, stages
 
 
-def heads(constants):
-    types = dict.fromkeys(("l0_ptr", "l1_ptr", "factor_ptr"), "*fp32")
-    return {"EPS": 2.0**-23, "H": 6, "D": 128, "HALF": 64, "BM": 16} | constants, types, 4, 3
+def heads(kind, depth, constants=None):
+    BM, _, warps, stages = g.HOPPER_HEADS
+    types = {"x": f"tensordesc<{kind}[{BM}, {depth}]>", "weight": f"tensordesc<{kind}[256, {depth}]>", "K": "i32", "PROGRAMS": "i32"}
+    types |= dict.fromkeys(("heads", "raw", "value", "cos_tiles", "sin_tiles"), f"tensordesc<bf16[{BM}, 64]>")
+    return {"SCALE": 1.0, "EPS": g.EPS, "H": 6, "D": 128, "BM": BM, "BK": depth} | (constants or {}), types, warps, stages
 
 
 def mlp(backward, fp8=False):
@@ -46,8 +48,9 @@ def mlp(backward, fp8=False):
 
 
 KERNELS = {
-    "heads": (g._heads_kernel, *heads({})),
-    "heads without value": (g._heads_kernel, *heads({"value_ptr": None})),
+    "heads": (g._heads_kernel, *heads("bf16", 64)),
+    "heads fp8": (g._heads_kernel, *heads("fp8e4nv", 128)),
+    "heads fp8 without value": (g._heads_kernel, *heads("fp8e4nv", 128, {"value": None})),
     "forward": (g._attention_forward_kernel, *tiles("forward")),
     "query": (g._attention_query_kernel, *tiles("query")),
     "key": (g._attention_key_kernel, *tiles("key")),
@@ -59,8 +62,10 @@ KERNELS = {
     "loss exact": (g._loss_kernel, CAP | {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
     "loss backward fp8": (g._loss_backward_kernel, CAP | {"GAIN": 448.0, "FP8": True, "BM": 16, "BN": 64}, {"dz_ptr": "*u8"}, 4, 3),
     "loss backward bf16": (g._loss_backward_kernel, CAP | {"GAIN": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 64}, {}, 4, 3),
-    "mix": (g._mix_kernel, {"FACTOR": 16.0, "EPS": 1e-7, "ROWS": 4, "BLOCK": 1024}, {"copy_ptr": "*fp8e4nv", "W": "i32"}, 4, 3),
-    "mix backward": (g._mix_backward_kernel, {"ADD": True, "EPS": 1e-7, "BLOCK": 1024}, {"W": "i32", "PROGRAMS": "i32"}, 1, 3),
+    "mix": (g._mix_kernel, MIX | {"SCALE": 0.0625, "ROWS": 4}, {"copy_ptr": "*fp8e4nv", "W": "i32"}, 4, 3),
+    "norm": (g._mix_kernel, MIX | ALONE | {"SCALE": 0.0625, "ROWS": 4}, {"copy_ptr": "*fp8e4nv", "W": "i32"}, 4, 3),
+    "mix backward": (g._mix_backward_kernel, MIX | {"ADD": True}, {"W": "i32", "PROGRAMS": "i32"}, 1, 3),
+    "norm backward": (g._mix_backward_kernel, MIX | ALONE | {"ADD": False, "dx0_ptr": None, "dlambdas_ptr": None}, {"W": "i32", "PROGRAMS": "i32"}, 1, 3),
     "scatter": (g._scatter_add_kernel, {"BLOCK": 256}, {}, 2, 3),
 }
 kernel, constants, types, warps, stages = KERNELS[sys.argv[1]]
@@ -73,7 +78,7 @@ print(json.dumps({"wgmma": compiled.asm["ptx"].count("wgmma.mma_async"), "shared
 """
 
 
-@pytest.mark.parametrize("kernel", ["heads", "heads without value", "forward", "query", "key", "key without value", "mlp", "mlp fp8", "mlp backward", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "mix", "mix backward", "scatter"])
+@pytest.mark.parametrize("kernel", ["heads", "heads fp8", "heads fp8 without value", "forward", "query", "key", "key without value", "mlp", "mlp fp8", "mlp backward", "loss", "loss exact", "loss backward fp8", "loss backward bf16", "mix", "norm", "mix backward", "norm backward", "scatter"])
 def test_kernel_compiles_for_hopper(kernel, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -83,4 +88,5 @@ def test_kernel_compiles_for_hopper(kernel, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["size"] > 1000 and found["shared"] <= 227 * 1024
-    assert found["wgmma"] > 0 or kernel not in ("forward", "query", "key", "key without value", "mlp", "mlp fp8", "mlp backward")  # else it is on a slower path
+    products = ("heads", "heads fp8", "heads fp8 without value", "forward", "query", "key", "key without value", "mlp", "mlp fp8", "mlp backward")
+    assert found["wgmma"] > 0 or kernel not in products  # else it is on a slower path
