@@ -824,41 +824,42 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, x, normed, copy, qkvo, gate, qkvo8, lambdas, layer, value, rotary, visible):
         (T, W), (cos, sin, scale), (first, _) = x.shape, rotary, visible
         gates = F.linear(normed[:, : gate.size(1)], gate)
-        inner = [t if t is None else t.view(4 * W, W)[: 3 * W] for t in (qkvo, qkvo8)]
-        heads, raw, factors = heads_forward(normed, copy, *inner, value, lambdas[layer], cos, sin)
+        weight8, read = qkvo8 or (None, qkvo)
+        inner = [t if t is None else t.view(4 * W, W)[: 3 * W] for t in (qkvo, weight8, read)]
+        heads, raw, factors = heads_forward(normed, copy, *inner[:2], value, lambdas[layer], cos, sin)
         out, lse = attention_forward(heads, gates, first, scale)
         ctx.save_for_backward(normed, value, gates, heads, raw, factors, out, lse)
-        ctx.rest = qkvo, gate, lambdas, layer, rotary, visible
+        ctx.rest = qkvo, inner[2], gate, lambdas, layer, rotary, visible
         ctx.mark_dirty(x)
         return x.addmm_(out.view(T, W), qkvo.view(4, W, W)[3].t())
 
     @staticmethod
     def backward(ctx, dx):
         normed, value, gates, heads, raw, factors, out, lse = ctx.saved_tensors
-        qkvo, gate, lambdas, layer, (cos, sin, scale), (first, last) = ctx.rest
+        qkvo, read, gate, lambdas, layer, (cos, sin, scale), (first, last) = ctx.rest
         (T, W), channels, dx = dx.shape, gate.size(1), dx.contiguous()
-        weight, dweight = qkvo.view(4 * W, W), gradient(qkvo).view(4 * W, W)
+        dweight = gradient(qkvo).view(4 * W, W)
         dweight[3 * W :].addmm_(dx.t(), out.view(T, W))
-        dout = (dx @ weight[3 * W :]).view_as(out)
+        dout = (dx @ qkvo.view(4, W, W)[3]).view_as(out)
         dqkv, dvalue, dgates = attention_backward(
             dout, out, lse, heads, raw, value, factors, gates, lambdas[layer], gradient(lambdas)[layer], cos, sin, first, last, scale
         )
         dqkv = dqkv.view(T, 3 * W)
         dweight[: 3 * W].addmm_(dqkv.t(), normed)
         gradient(gate).addmm_(dgates.t(), normed[:, :channels])
-        dnormed = dqkv @ weight[: 3 * W]
+        dnormed = dqkv @ read
         dnormed[:, :channels].addmm_(dgates, gate)
         return dx, dnormed, None, None, None, None, None, None, dvalue, None, None
 
 
 def attention(
-    x: Tensor, normed: Tensor, copy: Tensor | None, qkvo: Tensor, gate: Tensor, qkvo8: Tensor | None, lambdas: Tensor, layer: int,
+    x: Tensor, normed: Tensor, copy: Tensor | None, qkvo: Tensor, gate: Tensor, qkvo8: tuple[Tensor, Tensor] | None, lambdas: Tensor, layer: int,
     value: Tensor | None, rotary: tuple[Tensor, Tensor, Tensor], visible: tuple[Tensor, Tensor],
 ) -> Tensor:  # fmt: skip
     """The residual stream x (T, width), plus one attention path over what is normed of it (T, width). On a GPU x itself is changed.
 
     Attention over packed documents, each row of a head times a gate. qkvo: (width, 4 width), the row-major view of Q, K, V and O, each output x
-    input. copy, qkvo8: normed and qkvo in e4m3, or None. gate: (heads, 12), which gives one sigmoid gate a head. The last two of a
+    input. copy: normed in e4m3, or None. qkvo8: qkvo in e4m3, and that in normed's dtype, or None. gate: (heads, 12), which gives one sigmoid gate a head. The last two of a
     layer's row of lambdas (layers, 4), float32, mix v with value, rows of a value embedding (T, width; value residual, arXiv
     2410.17897), if there is one. rotary: cos, sin and scale of Rotary. visible: first and last, int32 (T); query i sees the
     keys first[i] to i, and key j is seen by the queries j to last[j]; neither may decrease, so that a tile's bounds are those of
@@ -955,32 +956,32 @@ def mlp_hidden_backward(dy: Tensor, w_out: Tensor, hidden: Tensor) -> Tensor:
 
 
 class _MLP(torch.autograd.Function):
-    """`mlp` on a GPU. Gradients, by exact products, of its weights are added straight into theirs."""
+    """`mlp` on a GPU. Gradients of its weights are added straight into theirs."""
 
     @staticmethod
     def forward(ctx, x, normed, copy, w_in, w_out, in8, out8):
-        hidden, hidden8 = mlp_hidden(normed, copy, w_in, in8)
+        ctx.weights = w_in, w_out, w_in if in8 is None else in8[1], w_out if out8 is None else out8[1]
+        hidden, hidden8 = mlp_hidden(normed, copy, w_in, in8 and in8[0])
         ctx.save_for_backward(normed, hidden)
-        ctx.weights = w_in, w_out
         if hidden8 is None:
             return x + F.linear(hidden, w_out)
-        return x + torch._scaled_mm(
-            hidden8, out8.t(), constant(1.0, x.device), constant(WEIGHT_SCALE, x.device), out_dtype=x.dtype, use_fast_accum=True
-        )
+        scales = constant(1.0, x.device), constant(WEIGHT_SCALE, x.device)
+        return x + torch._scaled_mm(hidden8, out8[0].t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
 
     @staticmethod
     def backward(ctx, dx):
-        (normed, hidden), (w_in, w_out), dx = ctx.saved_tensors, ctx.weights, dx.contiguous()
-        dhidden = mlp_hidden_backward(dx, w_out, hidden)
+        (normed, hidden), (w_in, w_out, in_read, out_read), dx = ctx.saved_tensors, ctx.weights, dx.contiguous()
+        dhidden = mlp_hidden_backward(dx, out_read, hidden)
         gradient(w_out).addmm_(dx.t(), hidden)
         gradient(w_in).addmm_(normed.t(), dhidden)
-        return dx, dhidden @ w_in.t(), None, None, None, None, None
+        return dx, dhidden @ in_read.t(), None, None, None, None, None
 
 
-def mlp(x: Tensor, normed: Tensor, copy: Tensor | None, w_in: Tensor, w_out: Tensor, in8: Tensor | None, out8: Tensor | None) -> Tensor:
+def mlp(x: Tensor, normed: Tensor, copy: Tensor | None, w_in: Tensor, w_out: Tensor, in8=None, out8=None) -> Tensor:
     """The residual stream x (T, width), plus one MLP path over what is normed of it: relu(normed w_in)^2 w_out^T.
 
-    Both weights (width, hidden). copy, in8, out8: normed, the transposed w_in and w_out in e4m3, or None.
+    Both weights (width, hidden). copy: normed in e4m3, or None. in8, out8: in e4m3 the transposed w_in and w_out, each with
+    its values in normed's dtype, not transposed; or None.
     """
     if x.is_cuda:
         return _MLP.apply(x, normed, copy, w_in, w_out, in8, out8)
@@ -1247,7 +1248,7 @@ def join(x: Tensor, gate: Tensor, kept: Tensor) -> Tensor:
 def block(x: Tensor, x0: Tensor, lambdas: Tensor, layer: int, attention_paths, mlp_paths, value: Tensor | None, rotary, visible, shared: dict) -> Tensor:
     """One layer slot: the residual stream x (T, width), mixed with x0, plus its attention paths, plus its MLP paths.
 
-    A path: its matrices, then their copies in e4m3 or None. The other arguments as in `mix` and `attention`.
+    A path: its matrices, then their pairs of copies or None. The other arguments as in `mix` and `attention`.
     """
     fp8 = any(path[-1] is not None for path in (*attention_paths, *mlp_paths))
     x, normed, copy = mix(x, x0, lambdas, layer, shared, fp8)
@@ -1296,7 +1297,7 @@ class GPT(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(s.seed)
         self.layers, self.skips, self.backout_layer = layer_table(s), skip_table(s), s.backout
-        self.kinds, self.copies = {}, {}  # e4m3 copies: of all matrices of a kind, and of each parameter, as it is or transposed
+        self.kinds, self.copies = {}, {}  # e4m3 copies: of all matrices of a kind, and of each parameter, as it is or transposed; with their values
         classes, width = s.classes, s.model_dim
         draw = lambda: nn.Parameter(torch.randn(classes, width, generator=generator).to(world.dtype))  # noqa: E731
         self.embedding = draw()
@@ -1315,19 +1316,25 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def quantize(self):
-        """Make the e4m3 copies of weights by which training goes on in FP8; later calls renew them in place, as a CUDA graph needs."""
+        """Make the e4m3 copies of weights by which training goes on in FP8; later calls renew them in place, as a CUDA graph needs.
+
+        The blocks' have their values beside them, not transposed, in the weights' dtype: gradients go by what the products read, and
+        their few bits take matrix units less power.
+        """
         slots = self.slots if on_hopper(self.head) else ()
         of = lambda name: [p for slot in slots for p in getattr(slot, name)]  # noqa: E731
         kinds = ((of("attention"), False), (of("mlp_in"), True), (of("mlp_out"), False), ([self.head], False), ([self.head], True))
         for kind, (parameters, turned) in enumerate(kinds):
             if parameters:
-                new = fused(to_e4m3, torch.stack(parameters), 1 / WEIGHT_SCALE)
-                new = fused(transposed, new.view(torch.uint8)).view(new.dtype) if turned else new
+                copy = fused(to_e4m3, torch.stack(parameters), 1 / WEIGHT_SCALE)
+                values = [] if parameters[0] is self.head else [copy.to(self.head.dtype).mul_(WEIGHT_SCALE)]
+                new = [fused(transposed, copy.view(torch.uint8)).view(copy.dtype) if turned else copy, *values]
                 if kind in self.kinds:
-                    self.kinds[kind].copy_(new)
+                    for kept, renewed in zip(self.kinds[kind], new, strict=True):
+                        kept.copy_(renewed)
                 else:
                     self.kinds[kind] = new
-                    self.copies |= {(p, turned): copy for p, copy in zip(parameters, new, strict=True)}
+                    self.copies |= {(p, turned): pair for p, pair in zip(parameters, zip(*new, strict=True), strict=True)}
 
     def trunk(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """What the head reads: (T, width), normed, and in FP8 training its e4m3 copy. windows: how many tokens back short and long layers see.
@@ -1366,7 +1373,7 @@ class GPT(nn.Module):
         x, x8 = self.trunk(batch, windows)
         self.fetch((self.head,))
         if self.training:
-            copies = (x8, self.copies[self.head, False], self.copies[self.head, True]) if self.copies else None
+            copies = (x8, *self.copies[self.head, False], *self.copies[self.head, True]) if self.copies else None
             return head_loss(x, self.head, batch.targets, copies)
         # Evaluation: no FP8, and a slice at a time, since all logits at once would not fit.
         slices = zip(x.split(8192), batch.targets.split(8192), strict=True)

@@ -292,9 +292,13 @@ def test_block(mixed, paths, fp8, mlp_kernels, monkeypatch):
         flat = [rows, *(w for kind in own for path in kind for w in path)]
         for p in flat:
             p.grad = torch.ones_like(p)
-        copy = lambda w: train_gpt.to_e4m3(w.detach(), 1 / train_gpt.WEIGHT_SCALE) if fp8 else None  # noqa: E731
-        attention_paths = [(qkvo, gate, copy(qkvo)) for qkvo, gate in own[0]]
-        mlp_paths = [(w_in, w_out, copy(w_in.t().contiguous()), copy(w_out)) for w_in, w_out in own[1]]
+
+        def pair(w, turned=False):
+            copy = train_gpt.to_e4m3(w.detach(), 1 / train_gpt.WEIGHT_SCALE)
+            return (copy.t().contiguous() if turned else copy, copy.to(w.dtype) * train_gpt.WEIGHT_SCALE) if fp8 else None
+
+        attention_paths = [(qkvo, gate, pair(qkvo)) for qkvo, gate in own[0]]
+        mlp_paths = [(w_in, w_out, pair(w_in, True), pair(w_out)) for w_in, w_out in own[1]]
         rotary, visible_ = (*(move(t) for t in (angles.cos(), angles.sin())), torch.tensor(0.1).to(rows)), (first.to(x.device), last.to(x.device))
         out = train_gpt.block(x, x0, rows, 1, attention_paths, mlp_paths, value if mixed else None, rotary, visible_, {})
         out.backward(move(dout))
@@ -307,4 +311,46 @@ def test_block(mixed, paths, fp8, mlp_kernels, monkeypatch):
         monkeypatch.setattr(train_gpt, "renorm", lambda x, fp8: train_gpt._Mix.apply(x, None, None, 0, {}, fp8))
     found = run(lambda t: t.to(dtype, copy=True), fp8)
     for ours, exact in zip(found, wanted, strict=True):
-        assert relative(ours, exact) < (1 / 16 if fp8 else tolerance)
+        assert relative(ours, exact) < (0.2 if fp8 else tolerance)  # of FP8 there is more in the next test
+
+
+def test_fp8_gradients_are_those_of_what_the_products_read(mlp_kernels):
+    """Outputs and gradients of both kinds of path are the plain ones' with the e4m3 values of input and weights, which here are far from the weights."""
+    dtype, tolerance = (torch.bfloat16, 3e-2) if DEVICE == "cuda" else (torch.float32, 1e-4)
+    torch.manual_seed(0)
+    T, heads, width = 96, 2, 64
+    first, last = visible([40, 56], T, 30)
+    angles, (x, dout) = torch.randn(T, 16), torch.randn(2, T, width).to(dtype)
+    rotary, lambdas = (angles.cos().to(dtype), angles.sin().to(dtype), torch.tensor(0.1)), torch.nn.Parameter(torch.tensor([[1.0, 0.0, 0.5, 0.5]]))
+    gate, scale = torch.nn.Parameter(torch.randn(heads, 12).to(dtype)), train_gpt.normed_scale(x)
+    copy = train_gpt.to_e4m3(train_gpt.norm(torch.randn(T, width)), 1 / scale)
+    read = [train_gpt.to_e4m3(0.1 * torch.randn(width, 4 * width), 1 / train_gpt.WEIGHT_SCALE) for _ in range(3)]
+    values = [(t.float() * train_gpt.WEIGHT_SCALE).to(dtype) for t in read]
+    exact = [torch.nn.Parameter((1.05 * t).to(dtype)) for t in values]
+    qkvo8, in8, out8 = ((t.t().contiguous() if i == 1 else t, value) for i, (t, value) in enumerate(zip(read, values, strict=True)))
+    inner = torch.nn.Parameter(torch.cat([values[0].view(4, -1)[:3], exact[0].detach().view(4, -1)[3:]]).view_as(values[0]))  # O is not in e4m3
+
+    def run(path, own, cpu):
+        leaves = [x.clone().requires_grad_(), (copy.float() * scale).to(dtype).requires_grad_()]
+        for p in (*own, gate, lambdas):
+            p.grad = None
+        if cpu:
+            leaves = [t.detach().cpu().double().requires_grad_() for t in leaves]
+            own = [torch.nn.Parameter(p.detach().cpu().double()) for p in own]
+        y = path(leaves[0].clone(), leaves[1], *own)
+        y.backward(dout.to(y))
+        return y.detach(), *(t.grad for t in (*leaves, *own))
+
+    def attend(x, normed, qkvo):
+        move = lambda t: t.detach().to(x)  # noqa: E731
+        bounds = tuple(t.cpu() for t in (first, last))
+        return train_gpt.attention(x, normed, None, qkvo, move(gate), None, move(lambdas), 0, None, tuple(move(t) for t in rotary), bounds)
+
+    pairs = (
+        (lambda x, normed, w: train_gpt._Attention.apply(x, normed, copy, w, gate, qkvo8, lambdas, 0, None, rotary, (first, last)), exact[:1], attend, [inner]),
+        (lambda x, normed, *w: train_gpt._MLP.apply(x, normed, copy, *w, in8, out8), exact[1:], lambda x, normed, *w: train_gpt.mlp(x, normed, None, *w), values[1:]),
+    )
+    for ours, own, plain, theirs in pairs:
+        wanted, found = run(plain, [torch.nn.Parameter(t.detach()) for t in theirs], True), run(ours, own, False)
+        for i, (t, w) in enumerate(zip(found, wanted, strict=True)):
+            assert relative(t.cpu(), w) < (0.03 if i == 0 and plain is not attend else tolerance)  # hidden units are rounded too

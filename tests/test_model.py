@@ -167,7 +167,7 @@ def test_e4m3_copies(tmp_path, monkeypatch):
     model = GPT(s, World())
     monkeypatch.setattr(train_gpt, "on_hopper", lambda x: True)
     model.quantize()
-    before = {key: copy.data_ptr() for key, copy in model.copies.items()}
+    before = {key: [copy.data_ptr() for copy in pair] for key, pair in model.copies.items()}
     turned = [p for slot in model.slots for p in slot.mlp_in]
     plain = [p for slot in model.slots for p in (*slot.attention, *slot.mlp_out)]
     assert set(before) == {(model.head, False), (model.head, True)} | {(p, True) for p in turned} | {(p, False) for p in plain}
@@ -175,10 +175,12 @@ def test_e4m3_copies(tmp_path, monkeypatch):
         for p in model.parameters():
             p.normal_(std=0.3)
     model.quantize()
-    for (p, transposed), copy in model.copies.items():
-        assert copy.data_ptr() == before[p, transposed] and copy.is_contiguous()
-        scaled = (copy.float() * train_gpt.WEIGHT_SCALE).view(copy.shape)
-        assert torch.allclose(scaled.t() if transposed else scaled, p.detach().clamp(-0.875, 0.875), rtol=1 / 16, atol=2**-19)
+    for (p, transposed), (copy, *values) in model.copies.items():
+        assert [t.data_ptr() for t in (copy, *values)] == before[p, transposed] and copy.is_contiguous()
+        scaled = copy.float() * train_gpt.WEIGHT_SCALE
+        scaled = scaled.t() if transposed else scaled
+        assert torch.allclose(scaled, p.detach().clamp(-0.875, 0.875), rtol=1 / 16, atol=2**-19)
+        assert len(values) == (p is not model.head) and all(torch.equal(t, scaled) for t in values)
 
 
 def test_evaluation_reads_no_copies(tmp_path, monkeypatch):
@@ -202,7 +204,7 @@ def test_evaluation_reads_no_copies(tmp_path, monkeypatch):
     batch = make_batch()
     model.train()
     model(batch, (3, 9))
-    assert len({t.data_ptr() for t in seen}) == len(model.copies)
+    assert len({t.data_ptr() for t in seen}) == len(model.copies) + 1  # and that of the head's input
     seen.clear()
     model.eval()
     model(batch, (3, 9))
