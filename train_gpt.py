@@ -824,12 +824,11 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, x, normed, copy, qkvo, gate, qkvo8, lambdas, layer, value, rotary, visible):
         (T, W), (cos, sin, scale), (first, _) = x.shape, rotary, visible
         gates = F.linear(normed[:, : gate.size(1)], gate)
-        weight8, read = qkvo8 or (None, qkvo)
-        inner = [t if t is None else t.view(4 * W, W)[: 3 * W] for t in (qkvo, weight8, read)]
-        heads, raw, factors = heads_forward(normed, copy, *inner[:2], value, lambdas[layer], cos, sin)
+        weight, weight8, read = (t if t is None else t.view(4 * W, W)[: 3 * W] for t in (qkvo, *(qkvo8 or (None, qkvo))))
+        heads, raw, factors = heads_forward(normed, copy, weight, weight8, value, lambdas[layer], cos, sin)
         out, lse = attention_forward(heads, gates, first, scale)
         ctx.save_for_backward(normed, value, gates, heads, raw, factors, out, lse)
-        ctx.rest = qkvo, inner[2], gate, lambdas, layer, rotary, visible
+        ctx.rest = qkvo, read, gate, lambdas, layer, rotary, visible
         ctx.mark_dirty(x)
         return x.addmm_(out.view(T, W), qkvo.view(4, W, W)[3].t())
 
@@ -858,12 +857,13 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """The residual stream x (T, width), plus one attention path over what is normed of it (T, width). On a GPU x itself is changed.
 
-    Attention over packed documents, each row of a head times a gate. qkvo: (width, 4 width), the row-major view of Q, K, V and O, each output x
-    input. copy: normed in e4m3, or None. qkvo8: qkvo in e4m3, and that in normed's dtype, or None. gate: (heads, 12), which gives one sigmoid gate a head. The last two of a
-    layer's row of lambdas (layers, 4), float32, mix v with value, rows of a value embedding (T, width; value residual, arXiv
-    2410.17897), if there is one. rotary: cos, sin and scale of Rotary. visible: first and last, int32 (T); query i sees the
-    keys first[i] to i, and key j is seen by the queries j to last[j]; neither may decrease, so that a tile's bounds are those of
-    its ends, and windows and documents of any length cost no new compilation.
+    Attention over packed documents, each row of a head times a gate. qkvo: (width, 4 width), the row-major view of Q, K, V and O,
+    each output x input. gate: (heads, 12), which gives one sigmoid gate a head. copy: normed in e4m3, or None. qkvo8: qkvo in e4m3
+    with its values in normed's dtype, or None. The last two of a layer's row of lambdas (layers, 4), float32, mix v with value,
+    rows of a value embedding (T, width; value residual, arXiv 2410.17897), if there is one. rotary: cos, sin and scale of
+    Rotary. visible: first and last, int32 (T); query i sees the keys first[i] to i, and key j is seen by the queries j to
+    last[j]; neither may decrease, so that a tile's bounds are those of its ends, and windows and documents of any length cost
+    no new compilation.
     """
     if x.is_cuda:
         return _Attention.apply(x, normed, copy, qkvo, gate, qkvo8, lambdas, layer, value, rotary, visible)
@@ -1297,7 +1297,7 @@ class GPT(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(s.seed)
         self.layers, self.skips, self.backout_layer = layer_table(s), skip_table(s), s.backout
-        self.kinds, self.copies = {}, {}  # e4m3 copies: of all matrices of a kind, and of each parameter, as it is or transposed; with their values
+        self.kinds, self.copies = {}, {}  # e4m3 copies, with their values: of all matrices of a kind, and of each parameter, as it is or transposed
         classes, width = s.classes, s.model_dim
         draw = lambda: nn.Parameter(torch.randn(classes, width, generator=generator).to(world.dtype))  # noqa: E731
         self.embedding = draw()
