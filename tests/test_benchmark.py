@@ -1,4 +1,4 @@
-"""The part of the benchmark that chooses: the times are a GPU's, and are not tested."""
+"""The benchmark: that each row runs, and the part that chooses. Its times are a GPU's, and are not tested."""
 
 import benchmark
 import pytest
@@ -51,3 +51,22 @@ def test_attention_launches(monkeypatch):
                 pairs = [(dqkv[:, part], qkv.grad[:, part]) for part in parts]
             for found, exact in pairs:
                 assert (found.double() - exact).norm() < 3e-2 * exact.norm()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the shapes are changed for the interpreter")
+def test_every_row_runs(monkeypatch, capsys):
+    """Each row's kernel and what stands beside it run once, here uncompiled, and are timed."""
+    small = {"DEVICE": "cpu", "T": 64, "HEADS": 2, "HEAD_DIM": 16, "WIDTH": 32, "CLASSES": 256, "WINDOWS": (20,), "ms": lambda call: (call(), 1.0)[1]}
+    for name, value in small.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(benchmark, "create_block_mask", lambda *_, **__: None)
+    monkeypatch.setattr(benchmark, "flex_attention", lambda q, k, v, block_mask, scale: torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale))
+    monkeypatch.setattr(benchmark.Table, "__init__", lambda table: vars(table).update(flops=1e12, bandwidth=1e12))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(train_gpt, "MLP_TILE", (32, 64, 64, 4, 2))
+    monkeypatch.setattr(train_gpt, "mix", train_gpt._Mix.apply)
+    table = benchmark.Table()
+    for name in ("attention", "head", "mix", "mlp", "products"):
+        getattr(benchmark, f"benchmark_{name}")(table)
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 16 and sum("W = 20" in row for row in rows) == 2

@@ -311,7 +311,8 @@ def test_block(mixed, paths, fp8, mlp_kernels, monkeypatch):
         monkeypatch.setattr(train_gpt, "renorm", lambda x, fp8: train_gpt._Mix.apply(x, None, None, 0, {}, fp8))
     found = run(lambda t: t.to(dtype, copy=True), fp8)
     for ours, exact in zip(found, wanted, strict=True):
-        assert relative(ours, exact) < (0.2 if fp8 else tolerance)  # of FP8 there is more in the next test
+        rounded = 0.2 if exact.shape == lambdas.shape else 0.08  # few sums, of which no rounding averages out; the next test has no rounding
+        assert relative(ours, exact) < (rounded if fp8 else tolerance)
 
 
 def test_fp8_gradients_are_those_of_what_the_products_read(mlp_kernels):
