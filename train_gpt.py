@@ -2369,9 +2369,11 @@ class Terminated(BaseException):
     """SIGTERM came; the text says where training stands."""
 
 
-def terminate(*_):
-    """The handler of SIGTERM, until checkpoints are on."""
-    raise Terminated("SIGTERM")
+def stop_once(number, _):
+    """The handler of Ctrl-C and, until checkpoints are on, of SIGTERM: the first one ends the run, and no other, such as torchrun hands on, cuts that short."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated("SIGTERM")
 
 
 def run(s: Hyperparameters, world: World):
@@ -2448,7 +2450,9 @@ def main() -> int:
     """Parse the flags and run; returns 0. Whatever stops it ends in one line and its own exit code, 2 for a user's mistake."""
     rank, alike = os.environ.get("RANK", "0"), False
     try:
-        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGTERM, stop_once)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background a shell has it ignored
+            signal.signal(signal.SIGINT, stop_once)
         settings = parse_settings(sys.argv[1:])
         run(settings, connect(settings))
         if dist.is_initialized():

@@ -253,6 +253,26 @@ def alive(group):
     return [line for line in found if int(line.split()[0]) == group and not line.split()[2].startswith("Z")]
 
 
+@pytest.mark.parametrize("number, stop", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, train_gpt.Terminated)])
+def test_second_signal_is_not_heard(number, stop, tmp_path):
+    """torchrun hands Ctrl-C on to processes that have had it: the log still says why it ends."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    s = train_gpt.parse_settings([f"--log_dir={tmp_path / 'logs'}"])
+    try:
+        for each in before:
+            signal.signal(each, train_gpt.stop_once)
+        with pytest.raises(stop), train_gpt.Log(s, train_gpt.World()):
+            try:
+                signal.raise_signal(number)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert only_log(tmp_path).read_text().startswith("stopped: ")
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c(tmp_path, ranks):
     """SIGINT to the foreground group, as a terminal sends it: a readable log, and nobody is left."""
