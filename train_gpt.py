@@ -2376,10 +2376,20 @@ def stop_once(number, _):
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated("SIGTERM")
 
 
+@contextlib.contextmanager
+def hear_signals():
+    """Let a Ctrl-C that has cost this run another rank first be raised in here, and not where the log is about to be ended."""
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(0.1)
+        raise
+
+
 def run(s: Hyperparameters, world: World):
     """The whole run: set up, warm up and rewind, then train and validate, then report."""
     train, val = TrainLoader(s, world), ValLoader(s, world)
-    with Log(s, world) as log:
+    with Log(s, world) as log, hear_signals():
         log.write(f"{Path(__file__).read_text()}\n{SEPARATOR}\n{describe_machine(world)}", show=False)
         log.write(f"arguments: {shlex.join(sys.argv[1:])}\n{describe_settings(s)}", show=False)
         began = seconds_since_launch()

@@ -273,6 +273,19 @@ def test_second_signal_is_not_heard(number, stop, tmp_path):
     assert only_log(tmp_path).read_text().startswith("stopped: ")
 
 
+def test_pending_signal_is_heard_before_the_log_ends():
+    """Another rank may end by the same Ctrl-C first: then the wait for it fails, and the signal comes a moment later."""
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.default_int_handler(signal.SIGINT, None))
+    try:
+        with pytest.raises(KeyboardInterrupt), train_gpt.hear_signals():
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            raise RuntimeError("gloo")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(RuntimeError, match="gloo"), train_gpt.hear_signals():
+        raise RuntimeError("gloo")
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c(tmp_path, ranks):
     """SIGINT to the foreground group, as a terminal sends it: a readable log, and nobody is left."""
