@@ -493,7 +493,9 @@ class _Mix(torch.autograd.Function):
         add = "gradient" in ctx.shared
         if x0 is not None:
             row, drow = ctx.lambdas[ctx.layer], gradient(ctx.lambdas)[ctx.layer]
-            dx0 = ctx.shared["gradient"] = ctx.shared["gradient"] if add else torch.empty_like(x0)
+            if not add:
+                ctx.shared["gradient"] = torch.empty_like(x0)
+            dx0 = ctx.shared["gradient"]
         _mix_backward_kernel[(count,)](
             x, x0, row, dmixed.contiguous(), dnormed.contiguous(), dx, dx0, drow, T, W, count,
             ADD=add, EPS=EPS, BLOCK=triton.next_power_of_2(W), num_warps=1,
@@ -795,8 +797,8 @@ def attention_forward(heads: Tensor, gate: Tensor, first: Tensor, scale: Tensor)
 
     Returns the output and, for the backward pass, the base-2 log-sum-exp of each row's scores over its gate, float32 (heads, T).
     """
-    T, _, H, _ = heads.shape
-    out, lse = torch.empty_like(heads[:, 0], memory_format=torch.contiguous_format), heads.new_empty(H, T, dtype=torch.float32)
+    T, _, H, D = heads.shape
+    out, lse = heads.new_empty(T, H, D), heads.new_empty(H, T, dtype=torch.float32)
     _attention_launch(_attention_forward_kernel, "forward", (heads,), (heads, out), gate, lse, first, scale)
     return out, lse
 
