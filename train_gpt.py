@@ -533,7 +533,7 @@ def heads_reference(qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, c
 
 @triton.jit
 def _store_head(
-    x, heads, raw, value, cos_tiles, sin_tiles, lambdas_ptr, factor_ptr, row, column, T,
+    x, heads, raw, value, cos, sin, lambdas_ptr, factor_ptr, row, column, T,
     EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     low, high = x.reshape(BM, 2, D // 2).permute(0, 2, 1).split()
@@ -541,8 +541,7 @@ def _store_head(
         factor = tl.rsqrt(tl.sum(low * low + high * high, 1) / D + EPS)
         rows = row + tl.arange(0, BM)
         tl.store(factor_ptr + column // D * T + rows, factor, mask=rows < T)
-        cos = cos_tiles.load([row, 0]).to(tl.float32) * factor[:, None]
-        sin = sin_tiles.load([row, 0]).to(tl.float32) * factor[:, None]
+        low, high = low * factor[:, None], high * factor[:, None]
         low, high = low * cos + high * sin, high * cos - low * sin
     else:
         within = column - 2 * H * D
@@ -572,9 +571,12 @@ def _heads_kernel(
         y = tl.zeros([BM, 2 * D], tl.float32)
         for k in range(0, K, BK):
             y = tl.dot(x.load([row, k]), tl.trans(weight.load([column, k])), y, input_precision="ieee")
+        cos, sin = tl.zeros([BM, D // 2], cos_tiles.dtype), tl.zeros([BM, D // 2], cos_tiles.dtype)
+        if column < 2 * H * D:
+            cos, sin = cos_tiles.load([row, 0]), sin_tiles.load([row, 0])
         left, right = (y * SCALE).reshape(BM, 2, D).permute(0, 2, 1).split()
-        _store_head(left, heads, raw, value, cos_tiles, sin_tiles, lambdas_ptr, factor_ptr, row, column, T, EPS, H, D, BM)
-        _store_head(right, heads, raw, value, cos_tiles, sin_tiles, lambdas_ptr, factor_ptr, row, column + D, T, EPS, H, D, BM)
+        _store_head(left, heads, raw, value, cos, sin, lambdas_ptr, factor_ptr, row, column, T, EPS, H, D, BM)
+        _store_head(right, heads, raw, value, cos, sin, lambdas_ptr, factor_ptr, row, column + D, T, EPS, H, D, BM)
 
 
 HOPPER_HEADS, SMALL_HEADS = (128, 128, 8, 3), (64, 64, 4, 2)  # rows, depth in bytes, warps, stages
@@ -653,13 +655,15 @@ def _attention_forward_kernel(
     inside = rows < T
     scale = tl.load(scale_ptr) * 1.4426950408889634  # log2(e), for exp2
     first = tl.load(first_ptr + rows, mask=inside, other=T)
-    q = q_tiles.load([start, head * D])
+    low = tl.load(first_ptr + start) // BN * BN
+    full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)  # from this key on, all rows see a key before them
+    gate = tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32)
+    q = q_tiles.load([start, head * D])  # last of all: loads by descriptor wait
     top = tl.full([BM], -1e30, tl.float32)  # finite: a row may see nothing in its tile's first keys
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, D], tl.float32)
-    full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)  # from this key on, all rows see a key before them
     key = tl.arange(0, BN)[None, :]
-    for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
+    for n in range(low, tl.minimum(start + BM, T), BN):
         k = kv_tiles.load([n, (H + head) * D])
         v = kv_tiles.load([n, (2 * H + head) * D])
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -670,7 +674,6 @@ def _attention_forward_kernel(
         total = total * shrink + tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         top = new_top
-    gate = tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32)
     total *= 1.0 + tl.exp(-gate)  # over the gate, a sigmoid
     out_tiles.store([start, head * D], (out / total[:, None]).to(out_tiles.dtype))
     tl.store(lse_ptr + head * T + rows, top + tl.log2(total), mask=inside)
@@ -702,6 +705,8 @@ def _attention_query_kernel(
     scale = tl.load(scale_ptr)
     first = tl.load(first_ptr + rows, mask=inside, other=T)
     lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=float("inf"))
+    low = tl.load(first_ptr + start) // BN * BN
+    full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)
     q = _load_tile(heads_ptr, start, head * D, T, 3 * H * D, BM, D)
     dout = _load_tile(dout_ptr, start, head * D, T, H * D, BM, D)
     out = _load_tile(out_ptr, start, head * D, T, H * D, BM, D)
@@ -711,9 +716,8 @@ def _attention_query_kernel(
     delta = delta / tl.maximum(gate, 1e-30)  # where the gate is less, out is zero
     tl.store(delta_ptr + head * T + rows, delta, mask=inside)
     dq = tl.zeros([BM, D], tl.float32)
-    full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)
     key = tl.arange(0, BN)[None, :]
-    for n in range(tl.load(first_ptr + start) // BN * BN, tl.minimum(start + BM, T), BN):
+    for n in range(low, tl.minimum(start + BM, T), BN):
         k = kv_tiles.load([n, (H + head) * D])
         v = kv_tiles.load([n, (2 * H + head) * D])
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -729,7 +733,7 @@ def _attention_query_kernel(
 
 @triton.jit
 def _attention_key_kernel(
-    q_tiles, dout_tiles, kv_tiles, raw_ptr, value_ptr, dvalue_ptr, cos_ptr, sin_ptr, dqkv_ptr,
+    q_tiles, dout_tiles, kv_tiles, heads_ptr, raw_ptr, value_ptr, dvalue_ptr, cos_ptr, sin_ptr, dqkv_ptr,
     factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, lambdas_ptr, dlambdas_ptr, scale_ptr, T,
     H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -740,12 +744,12 @@ def _attention_key_kernel(
     head = tl.program_id(1)
     start = tl.program_id(0) * BN
     scale = tl.load(scale_ptr)
+    end = tl.load(last_ptr + tl.minimum(start + BN, T) - 1) + 1
+    full = tl.load(last_ptr + start) + 1  # up to this query, all see every key of the tile that is before them
     k = kv_tiles.load([start, (H + head) * D])
     v = kv_tiles.load([start, (2 * H + head) * D])
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
-    end = tl.load(last_ptr + tl.minimum(start + BN, T) - 1) + 1
-    full = tl.load(last_ptr + start) + 1  # up to this query, all see every key of the tile that is before them
     key = tl.arange(0, BN)[:, None]
     for m in range(start // BM * BM, end, BM):
         rows = m + tl.arange(0, BM)
@@ -762,14 +766,20 @@ def _attention_key_kernel(
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    # What the end reads is asked for before it is needed, at most two tiles at a time: more do not fit in the registers.
     keys = start + tl.arange(0, BN)
-    factor = tl.load(factor_ptr + (H + head) * T + keys, mask=keys < T, other=0.0)
-    _store_before_norm(dqkv_ptr, start, (H + head) * D, T, 3 * H * D, dk * scale, k.to(tl.float32), factor, cos_ptr, sin_ptr, BN, D)
-    _store_tile(dqkv_ptr, start, (2 * H + head) * D, T, 3 * H * D, dv * tl.load(lambdas_ptr + 2), BN, D)
-    tl.atomic_add(dlambdas_ptr + 2, tl.sum(dv * _load_tile(raw_ptr, start, head * D, T, H * D, BN, D).to(tl.float32)), sem="relaxed")
+    raw = _load_tile(raw_ptr, start, head * D, T, H * D, BN, D)
     if value_ptr is not None:
-        _store_tile(dvalue_ptr, start, head * D, T, H * D, dv * tl.load(lambdas_ptr + 3), BN, D)
-        tl.atomic_add(dlambdas_ptr + 3, tl.sum(dv * _load_tile(value_ptr, start, head * D, T, H * D, BN, D).to(tl.float32)), sem="relaxed")
+        value = _load_tile(value_ptr, start, head * D, T, H * D, BN, D)
+    l0, l1 = tl.load(lambdas_ptr + 2), tl.load(lambdas_ptr + 3)
+    factor = tl.load(factor_ptr + (H + head) * T + keys, mask=keys < T, other=0.0)
+    _store_tile(dqkv_ptr, start, (2 * H + head) * D, T, 3 * H * D, dv * l0, BN, D)
+    tl.atomic_add(dlambdas_ptr + 2, tl.sum(dv * raw.to(tl.float32)), sem="relaxed")
+    if value_ptr is not None:
+        _store_tile(dvalue_ptr, start, head * D, T, H * D, dv * l1, BN, D)
+        tl.atomic_add(dlambdas_ptr + 3, tl.sum(dv * value.to(tl.float32)), sem="relaxed")
+    k = _load_tile(heads_ptr, start, (H + head) * D, T, 3 * H * D, BN, D)  # again: the loop has no registers to keep it in
+    _store_before_norm(dqkv_ptr, start, (H + head) * D, T, 3 * H * D, dk * scale, k.to(tl.float32), factor, cos_ptr, sin_ptr, BN, D)
 
 
 # Tile sizes by kernel: (queries, keys, warps, stages). Fixed, so that no start pays for tuning; found on an H200.
@@ -814,7 +824,7 @@ def attention_backward(
     dqkv, dgate, delta = torch.empty_like(heads), torch.empty_like(gate), torch.empty_like(lse)
     dvalue = None if value is None else torch.empty_like(value)
     _attention_launch(_attention_query_kernel, "query", (heads,), (), heads, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale)
-    _attention_launch(_attention_key_kernel, "key", (heads, dout), (heads,), raw, value, dvalue, cos, sin, dqkv,
+    _attention_launch(_attention_key_kernel, "key", (heads, dout), (heads,), heads, raw, value, dvalue, cos, sin, dqkv,
                       factors, lse, delta, first, last, lambdas, dlambdas, scale)  # fmt: skip
     return dqkv, dvalue, dgate
 
@@ -888,14 +898,14 @@ def relu_squared_backward(dout: Tensor, squares: Tensor) -> Tensor:
 
 
 @triton.jit
-def _store_relu_squared(x, out, out8, hidden, row, column, SCALE: tl.constexpr):
-    if hidden is not None:
-        out.store([row, column], (x * (2.0 * tl.sqrt(hidden.load([row, column]).to(tl.float32)))).to(out.dtype))
-    else:
-        x = tl.maximum(x * SCALE, 0.0)
-        out.store([row, column], (x * x).to(out.dtype))
-        if out8 is not None:
-            out8.store([row, column], tl.minimum(x * x, 448.0).to(out8.dtype))
+def _store_half(x, out, out8, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Two quarters of a tile, one after the other: so they take a quarter of its shared memory."""
+    left, right = x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+    out.store([row, column], left.to(out.dtype))
+    out.store([row, column + COLUMNS // 2], right.to(out.dtype))
+    if out8 is not None:
+        out8.store([row, column], tl.minimum(left, 448.0).to(out8.dtype))
+        out8.store([row, column + COLUMNS // 2], tl.minimum(right, 448.0).to(out8.dtype))
 
 
 @triton.jit
@@ -913,10 +923,14 @@ def _mlp_kernel(
         for k in range(0, K, BK):
             factor = tl.trans(b.load([column, k])) if TURNED else b.load([k, column])
             x = tl.dot(a.load([row, k]), factor, x, input_precision="ieee")
-        # Two halves, one after the other, take half of the shared memory.
+        if hidden is not None:
+            x *= 2.0 * tl.sqrt(hidden.load([row, column]).to(tl.float32))  # one load, since each waits
+        else:
+            x = tl.maximum(x * SCALE, 0.0)
+            x *= x
         left, right = x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        _store_relu_squared(left, out, out8, hidden, row, column, SCALE)
-        _store_relu_squared(right, out, out8, hidden, row, column + BN // 2, SCALE)
+        _store_half(left, out, out8, row, column, BM, BN // 2)
+        _store_half(right, out, out8, row, column + BN // 2, BM, BN // 2)
 
 
 MLP_TILE = (128, 256, 128, 8, 3)  # rows, columns, depth in bytes, warps, stages: what fits an H100's shared memory and registers
@@ -928,7 +942,7 @@ def _mlp_launch(a: Tensor, b: Tensor, out: Tensor, out8: Tensor | None = None, h
     BM, BN, BK, warps, stages = MLP_TILE
     BK //= a.element_size()
     turned = a.dtype == torch.float8_e4m3fn
-    tiles = [TensorDescriptor.from_tensor(t, [BM, BN // 2]) if t is not None else None for t in (out, out8, hidden)]
+    tiles = [t if t is None else TensorDescriptor.from_tensor(t, [BM, width]) for t, width in ((out, BN // 4), (out8, BN // 4), (hidden, BN))]
     _mlp_kernel[(programs(a),)](
         TensorDescriptor.from_tensor(a.contiguous(), [BM, BK]), TensorDescriptor.from_tensor(b.contiguous(), [BN, BK] if turned else [BK, BN]), *tiles,
         T, N, K, programs(a), SCALE=scale, TURNED=turned, BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
@@ -1036,10 +1050,17 @@ def _e5m2_pair(low, high):
 
     By hand, since ptxas of Triton 3.6 and 3.7.1 miscompiles, or never ends on, bytes taken from converted FP8.
     """
-    low = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    high = high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    pair = low | (high << 16)
+    pair = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1)
     return pair + 0x7F007F + ((pair >> 8) & 0x10001)
+
+
+@triton.jit
+def _e5m2_bytes(pair):
+    """The low ones and the high ones of such pairs, four columns in as many instructions."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 a, b; prmt.b32 a, $2, $3, 0x7351; prmt.b32 b, $4, $5, 0x7351; prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }",
+        "=r,=r,r,r,r,r", [pair], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -1066,7 +1087,7 @@ def _loss_backward_kernel(
     """Gradient of z for 4 BM rows, in dz's dtype; or in the bits of e5m2, and its transpose in words of four rows."""
     quads = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    words = tl.zeros([BM, BN], tl.uint32)
+    before = tl.zeros([BM, BN], tl.uint32)
     for half in tl.static_range(2):
         rows = 4 * quads + 2 * half
         at = rows[:, None] * V + columns[None, :]
@@ -1074,8 +1095,9 @@ def _loss_backward_kernel(
         high, high_inside = _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows + 1, columns, T, V, GAIN, CAP, SLOPE, not FP8)
         if FP8:
             pair = _e5m2_pair(low, high)
-            low, high = (pair >> 8) & 0xFF, pair >> 24
-            words |= (low | (high << 8)) << (16 * half)
+            words = tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7531;", "=r,r,r", [before, pair], dtype=tl.uint32, is_pure=True, pack=1)
+            before = pair
+            low, high = _e5m2_bytes(pair)
         tl.store(dz_ptr + at, low.to(dz_ptr.dtype.element_ty), mask=low_inside)
         tl.store(dz_ptr + at + V, high.to(dz_ptr.dtype.element_ty), mask=high_inside)
     if FP8:
@@ -1100,9 +1122,9 @@ def loss_backward(z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: b
     dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
     dzt = dz.new_empty(V, T) if fp8 else None
     out, words = (dz.view(torch.uint8), dzt.view(torch.int32)) if fp8 else (dz, None)
-    _loss_backward_kernel[triton.cdiv(V, 64), triton.cdiv(T, 64)](
+    _loss_backward_kernel[triton.cdiv(V, 128), triton.cdiv(T, 64)](
         z, targets, lse, dloss, out, words, T, V, T // 4, GAIN=SOFTCAP / 2 * TANH_SLOPE * (1 / GRAD_SCALE if fp8 else 1),
-        CAP=TANH_CAP, SLOPE=TANH_SLOPE, FP8=fp8, BM=16, BN=64, num_warps=4,
+        CAP=TANH_CAP, SLOPE=TANH_SLOPE, FP8=fp8, BM=16, BN=128, num_warps=4,
     )  # fmt: skip
     return dz, dzt
 

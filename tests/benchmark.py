@@ -165,7 +165,7 @@ def attention_launches(name: str) -> list:
         tensors = {
             "forward": ((heads,), (heads, out), gate, lse, first, scale),
             "query": ((heads,), (), heads, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale),
-            "key": ((heads, dout), (heads,), raw, value, dvalue, cos, sin, dqkv, factors, lse, delta, first, last, lambdas, dlambdas, scale),
+            "key": ((heads, dout), (heads,), heads, raw, value, dvalue, cos, sin, dqkv, factors, lse, delta, first, last, lambdas, dlambdas, scale),
         }[name]
         launches.append(functools.partial(g._attention_launch, kernel, name, *tensors))
     return launches

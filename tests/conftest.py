@@ -25,12 +25,25 @@ def _widened(handle: TensorHandle) -> TensorHandle:
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
+def _bytes(*numbers):
+    """The bytes of uint32 arrays, one array after the other, along a last axis."""
+    return np.stack(numbers, -1).view(np.uint8)
+
+
+# The interpreter has no PTX; of what the kernels use, these are the exact counterparts. Other instructions are a KeyError.
+_ASM = {
+    "tanh.approx.f32 $0, $1;": lambda x: [np.tanh(x)],
+    "cvt.rn.f16x2.f32 $0, $2, $1;": lambda low, high: [np.stack([low, high], -1).astype(np.float16).view(np.uint32)[..., 0]],
+    "prmt.b32 $0, $1, $2, 0x7531;": lambda a, b: [np.ascontiguousarray(_bytes(a, b)[..., 1::2]).view(np.uint32)[..., 0]],
+    "{ .reg .b32 a, b; prmt.b32 a, $2, $3, 0x7351; prmt.b32 b, $4, $5, 0x7351; prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }": lambda pair: [
+        _bytes(pair)[..., 1], _bytes(pair)[..., 3],
+    ],
+}
+
 
 def _inline_asm(self, asm, constraints, values, types, pure, pack):
-    """The interpreter has no PTX; of what the kernels use, this is the exact counterpart."""
-    (x,), (kind,) = values, types
-    found = TensorHandle({"tanh.approx.f32 $0, $1;": np.tanh}[asm](x.data), kind.scalar)
-    return SimpleNamespace(get_result=lambda i: [found][i])
+    found = [TensorHandle(data, kind.scalar) for data, kind in zip(_ASM[asm](*(value.data for value in values)), types, strict=True)]
+    return SimpleNamespace(get_result=lambda i: found[i])
 
 
 InterpreterBuilder.create_inline_asm = _inline_asm

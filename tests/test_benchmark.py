@@ -46,7 +46,7 @@ def test_attention_launches(monkeypatch):
             if name == "forward":
                 pairs = [(own[1], wanted)]
             else:
-                dout, dqkv, parts = (rest[2], rest[5], (0,)) if name == "query" else (others[1], rest[5], (1, 2))
+                dout, dqkv, parts = (rest[2], rest[5], (0,)) if name == "query" else (others[1], rest[6], (1, 2))
                 wanted.backward(dout.double())
                 pairs = [(dqkv[:, part], qkv.grad[:, part]) for part in parts]
             for found, exact in pairs:

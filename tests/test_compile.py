@@ -41,9 +41,9 @@ def mlp(backward, fp8=False):
     BM, BN, BK, warps, stages = g.MLP_TILE
     kind, BK = ("fp8e4nv", BK) if fp8 else ("bf16", BK // 2)
     constants = {"SCALE": 1.0, "TURNED": fp8, "BM": BM, "BN": BN, "BK": BK} | ({} if backward else {"hidden": None}) | ({} if fp8 else {"out8": None})
-    half = f"[{BM}, {BN // 2}]>"
+    part = f"[{BM}, {BN // 4}]>"
     types = {"a": f"tensordesc<{kind}[{BM}, {BK}]>", "b": f"tensordesc<{kind}[{BN}, {BK}]>" if fp8 else f"tensordesc<{kind}[{BK}, {BN}]>"}
-    types |= {"out": "tensordesc<bf16" + half, "out8": "tensordesc<fp8e4nv" + half, "hidden": "tensordesc<bf16" + half}
+    types |= {"out": "tensordesc<bf16" + part, "out8": "tensordesc<fp8e4nv" + part, "hidden": f"tensordesc<bf16[{BM}, {BN}]>"}
     return constants, types | dict.fromkeys(("N", "K", "PROGRAMS"), "i32"), warps, stages
 
 
@@ -60,8 +60,8 @@ KERNELS = {
     "mlp backward": (g._mlp_kernel, *mlp(True)),
     "loss": (g._loss_kernel, CAP | {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
     "loss exact": (g._loss_kernel, CAP | {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
-    "loss backward fp8": (g._loss_backward_kernel, CAP | {"GAIN": 448.0, "FP8": True, "BM": 16, "BN": 64}, {"dz_ptr": "*u8"}, 4, 3),
-    "loss backward bf16": (g._loss_backward_kernel, CAP | {"GAIN": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 64}, {}, 4, 3),
+    "loss backward fp8": (g._loss_backward_kernel, CAP | {"GAIN": 448.0, "FP8": True, "BM": 16, "BN": 128}, {"dz_ptr": "*u8"}, 4, 3),
+    "loss backward bf16": (g._loss_backward_kernel, CAP | {"GAIN": 1.0, "FP8": False, "words_ptr": None, "BM": 16, "BN": 128}, {}, 4, 3),
     "mix": (g._mix_kernel, MIX | {"SCALE": 0.0625, "ROWS": 4}, {"copy_ptr": "*fp8e4nv", "W": "i32"}, 4, 3),
     "norm": (g._mix_kernel, MIX | ALONE | {"SCALE": 0.0625, "ROWS": 4}, {"copy_ptr": "*fp8e4nv", "W": "i32"}, 4, 3),
     "mix backward": (g._mix_backward_kernel, MIX | {"ADD": True}, {"W": "i32", "PROGRAMS": "i32"}, 1, 3),
