@@ -898,77 +898,69 @@ def relu_squared_backward(dout: Tensor, squares: Tensor) -> Tensor:
 
 
 @triton.jit
-def _store_half(x, out, out8, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Two quarters of a tile, one after the other: so they take a quarter of its shared memory."""
-    left, right = x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-    out.store([row, column], left.to(out.dtype))
-    out.store([row, column + COLUMNS // 2], right.to(out.dtype))
-    if out8 is not None:
-        out8.store([row, column], tl.minimum(left, 448.0).to(out8.dtype))
-        out8.store([row, column + COLUMNS // 2], tl.minimum(right, 448.0).to(out8.dtype))
+def _store_squares(x, out, row, column, SCALE: tl.constexpr):
+    x = tl.maximum(x * SCALE, 0.0)
+    out.store([row, column], tl.minimum(x * x, 448.0).to(out.dtype))  # the largest e4m3
 
 
 @triton.jit
-def _mlp_kernel(
-    a, b, out, out8, hidden, T, N, K, PROGRAMS, SCALE: tl.constexpr, TURNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):  # fmt: skip
-    """out (T, N) = relu(SCALE a b)^2 for a (T, K) and b (K, N), or b (N, K) if turned, and the same in e4m3 if there is an out8.
+def _store_gradient(x, squares, out, wide, row, column):
+    squares = squares.to(tl.float32)
+    wide.store([row, column], squares.to(wide.dtype))
+    out.store([row, column], (x * (2.0 * tl.sqrt(squares))).to(out.dtype))
 
-    Given hidden (T, N), such a result, out is a b times the slope there, twice the root of hidden.
+
+@triton.jit
+def _mlp_kernel(a, b, out, hidden, wide, T, N, K, PROGRAMS, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """out (T, N) = relu(SCALE a b^T)^2, in e4m3 as a (T, K) and b (N, K) are.
+
+    Given such a hidden (T, N), out is a b times the slope there, twice the root of hidden, for b (K, N); and wide is hidden in their dtype.
     """
     across = tl.cdiv(N, BN)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):  # the next tile loads while this one is stored
         row, column = tile // across * BM, tile % across * BN
         x = tl.zeros([BM, BN], tl.float32)
         for k in range(0, K, BK):
-            factor = tl.trans(b.load([column, k])) if TURNED else b.load([k, column])
+            factor = tl.trans(b.load([column, k])) if hidden is None else b.load([k, column])
             x = tl.dot(a.load([row, k]), factor, x, input_precision="ieee")
-        if hidden is not None:
-            x *= 2.0 * tl.sqrt(hidden.load([row, column]).to(tl.float32))  # one load, since each waits
-        else:
-            x = tl.maximum(x * SCALE, 0.0)
-            x *= x
+        # Two halves, one after the other, take half of the shared memory.
         left, right = x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        _store_half(left, out, out8, row, column, BM, BN // 2)
-        _store_half(right, out, out8, row, column + BN // 2, BM, BN // 2)
+        if hidden is None:
+            _store_squares(left, out, row, column, SCALE)
+            _store_squares(right, out, row, column + BN // 2, SCALE)
+        else:
+            low, high = hidden.load([row, column]).reshape(BM, 2, BN // 2).permute(0, 2, 1).split()  # one load, since each waits
+            _store_gradient(left, low, out, wide, row, column)
+            _store_gradient(right, high, out, wide, row, column + BN // 2)
 
 
 MLP_TILE = (128, 256, 128, 8, 3)  # rows, columns, depth in bytes, warps, stages: what fits an H100's shared memory and registers
 
 
-def _mlp_launch(a: Tensor, b: Tensor, out: Tensor, out8: Tensor | None = None, hidden: Tensor | None = None, scale: float = 1.0):
-    """Run `_mlp_kernel`; operands in e4m3 come with b turned, since such products want both contiguous along the sum."""
+def _mlp_launch(a: Tensor, b: Tensor, out: Tensor, hidden: Tensor | None = None, wide: Tensor | None = None, scale: float = 1.0):
+    """Run `_mlp_kernel`."""
     (T, K), N = a.shape, out.size(1)
     BM, BN, BK, warps, stages = MLP_TILE
     BK //= a.element_size()
-    turned = a.dtype == torch.float8_e4m3fn
-    tiles = [t if t is None else TensorDescriptor.from_tensor(t, [BM, width]) for t, width in ((out, BN // 4), (out8, BN // 4), (hidden, BN))]
+    tiles = [t if t is None else TensorDescriptor.from_tensor(t, [BM, width]) for t, width in ((out, BN // 2), (hidden, BN), (wide, BN // 2))]
     _mlp_kernel[(programs(a),)](
-        TensorDescriptor.from_tensor(a.contiguous(), [BM, BK]), TensorDescriptor.from_tensor(b.contiguous(), [BN, BK] if turned else [BK, BN]), *tiles,
-        T, N, K, programs(a), SCALE=scale, TURNED=turned, BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
+        TensorDescriptor.from_tensor(a, [BM, BK]), TensorDescriptor.from_tensor(b, [BN, BK] if hidden is None else [BK, BN]), *tiles,
+        T, N, K, programs(a), SCALE=scale, BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
-def mlp_hidden(x: Tensor, x8: Tensor | None, w_in: Tensor, in8: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """relu(x w_in)^2 (T, hidden), and in e4m3 given such copies, of which that of w_in is transposed; on Hopper in one kernel."""
-    if not on_hopper(x):
-        return fused(relu_squared, x @ w_in), None
-    hidden, hidden8 = x.new_empty(x.size(0), w_in.size(1)), None
-    if x8 is None:
-        _mlp_launch(x, w_in, hidden)
-    else:
-        hidden8 = torch.empty_like(hidden, dtype=x8.dtype)
-        _mlp_launch(x8, in8, hidden, hidden8, scale=normed_scale(x) * WEIGHT_SCALE)
-    return hidden, hidden8
+def mlp_hidden(x8: Tensor, in8: Tensor, scale: float) -> Tensor:
+    """Hidden units relu(scale x8 in8^T)^2 (T, hidden), of x8 (T, width) and in8 (hidden, width), all in e4m3."""
+    hidden = x8.new_empty(len(x8), len(in8))
+    _mlp_launch(x8, in8, hidden, scale=scale)
+    return hidden
 
 
-def mlp_hidden_backward(dy: Tensor, w_out: Tensor, hidden: Tensor) -> Tensor:
-    """The gradient of x w_in, given that of hidden w_out^T; on Hopper in one kernel."""
-    if not on_hopper(dy):
-        return fused(relu_squared_backward, dy @ w_out, hidden)
-    dhidden = torch.empty_like(hidden)
-    _mlp_launch(dy, w_out, dhidden, hidden=hidden)
-    return dhidden
+def mlp_hidden_backward(dy: Tensor, w_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of what ReLU^2 made hidden of, given dy (T, width), that of hidden w_out^T; and hidden in dy's dtype."""
+    dhidden, wide = torch.empty_like(hidden, dtype=dy.dtype), torch.empty_like(hidden, dtype=dy.dtype)
+    _mlp_launch(dy, w_out, dhidden, hidden, wide)
+    return dhidden, wide
 
 
 class _MLP(torch.autograd.Function):
@@ -976,18 +968,24 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, normed, copy, w_in, w_out, in8, out8):
-        ctx.weights = w_in, w_out, w_in if in8 is None else in8[1], w_out if out8 is None else out8[1]
-        hidden, hidden8 = mlp_hidden(normed, copy, w_in, in8 and in8[0])
+        ctx.weights = w_in, w_out, *((w_in, w_out) if in8 is None else (in8[1], out8[1]))
+        if in8 is None:
+            hidden = fused(relu_squared, normed @ w_in)
+            y = F.linear(hidden, w_out)
+        else:
+            hidden = mlp_hidden(copy, in8[0], normed_scale(x) * WEIGHT_SCALE)
+            scales = constant(1.0, x.device), constant(WEIGHT_SCALE, x.device)
+            y = torch._scaled_mm(hidden, out8[0].t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
         ctx.save_for_backward(normed, hidden)
-        if hidden8 is None:
-            return x + F.linear(hidden, w_out)
-        scales = constant(1.0, x.device), constant(WEIGHT_SCALE, x.device)
-        return x + torch._scaled_mm(hidden8, out8[0].t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
+        return x + y
 
     @staticmethod
     def backward(ctx, dx):
         (normed, hidden), (w_in, w_out, in_read, out_read), dx = ctx.saved_tensors, ctx.weights, dx.contiguous()
-        dhidden = mlp_hidden_backward(dx, out_read, hidden)
+        if hidden.dtype == dx.dtype:
+            dhidden = fused(relu_squared_backward, dx @ w_out, hidden)
+        else:
+            dhidden, hidden = mlp_hidden_backward(dx, out_read, hidden)
         gradient(w_out).addmm_(dx.t(), hidden)
         gradient(w_in).addmm_(normed.t(), dhidden)
         return dx, dhidden @ in_read.t(), None, None, None, None, None
@@ -997,7 +995,8 @@ def mlp(x: Tensor, normed: Tensor, copy: Tensor | None, w_in: Tensor, w_out: Ten
     """The residual stream x (T, width), plus one MLP path over what is normed of it: relu(normed w_in)^2 w_out^T.
 
     Both weights (width, hidden). copy: normed in e4m3, or None. in8, out8: in e4m3 the transposed w_in and w_out, each with
-    its values in normed's dtype, not transposed; or None.
+    its values in normed's dtype, not transposed; or None. With copies, hidden units are kept in e4m3 alone: that is what w_out
+    multiplies, and what its gradient and ReLU^2's slope are taken of.
     """
     if x.is_cuda:
         return _MLP.apply(x, normed, copy, w_in, w_out, in8, out8)

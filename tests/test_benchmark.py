@@ -69,4 +69,4 @@ def test_every_row_runs(monkeypatch, capsys):
     for name in ("attention", "head", "mix", "mlp", "products"):
         getattr(benchmark, f"benchmark_{name}")(table)
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 16 and sum("W = 20" in row for row in rows) == 2
+    assert len(rows) == 15 and sum("W = 20" in row for row in rows) == 2
