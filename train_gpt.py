@@ -892,6 +892,11 @@ def relu_squared(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
+def relu_squared_(x: Tensor) -> Tensor:
+    """`relu_squared` in place, where no gradient is recorded: the hidden units of a validation batch are large."""
+    return x.copy_(relu_squared(x))
+
+
 def relu_squared_backward(dout: Tensor, squares: Tensor) -> Tensor:
     """The gradient of what ReLU^2 made squares of."""
     return (dout * (2 * squares.float().sqrt())).to(dout.dtype)
@@ -923,7 +928,7 @@ def _mlp_kernel(a, b, out, hidden, wide, T, N, K, PROGRAMS, SCALE: tl.constexpr,
         for k in range(0, K, BK):
             factor = tl.trans(b.load([column, k])) if hidden is None else b.load([k, column])
             x = tl.dot(a.load([row, k]), factor, x, input_precision="ieee")
-        # Two halves, one after the other, take half of the shared memory.
+        # By halves, one after the other: so they are stored by way of half the shared memory.
         left, right = x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
         if hidden is None:
             _store_squares(left, out, row, column, SCALE)
@@ -970,7 +975,7 @@ class _MLP(torch.autograd.Function):
     def forward(ctx, x, normed, copy, w_in, w_out, in8, out8):
         ctx.weights = w_in, w_out, *((w_in, w_out) if in8 is None else (in8[1], out8[1]))
         if in8 is None:
-            hidden = fused(relu_squared, normed @ w_in)
+            hidden = fused(relu_squared_, normed @ w_in)
             y = F.linear(hidden, w_out)
         else:
             hidden = mlp_hidden(copy, in8[0], normed_scale(x) * WEIGHT_SCALE)
