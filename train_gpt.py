@@ -4,8 +4,8 @@
     python train_gpt.py --preset=sample                                         # a small model on a CPU
     python train_gpt.py --help                                                  # every setting
 
-Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 327 ms and 16.6 GiB, with step 0 after 17
-to 20 s from warm caches, 58 s from empty ones; a version before took 211 ms on two and 107 ms on four. README.md says on what data.
+Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 320 ms and 15.6 GiB, with step 0 after 19
+to 21 s from warm caches, 69 s from empty ones; a version before took 211 ms on two and 107 ms on four. README.md says on what data.
 
 The rooms, in order: settings, kernels, model, optimizers, data, schedules, training, log, checkpoints, main.
 A room uses only rooms above it.

@@ -634,8 +634,8 @@ def why_unproven(summary: dict, settings: dict[str, str]) -> str | None:
 
 
 def newest_record(records: Path) -> str | None:
-    """The folder of the last record made here, by its name."""
-    return max((str(row["folder"]) for row in history_rows(records) if not row["reported"]), default=None)
+    """The folder of the last record made here."""
+    return next((str(row["folder"]) for row in history_rows(records) if not row["reported"]), None)
 
 
 def new(arguments) -> int:
@@ -700,7 +700,7 @@ def describe_record(arguments, folder: Path, runs: list[Run], script: str, head:
 
 
 def history_rows(records: Path) -> list[dict]:
-    """Every record, newest first: those in the folders, and the results reported by others in reported.json."""
+    """Every record, newest first: those in the folders, of one day by their last log, and the results reported by others in reported.json."""
     rows = []
     for readme in sorted(records.glob("*/README.md")):
         logs = [run for log in sorted((readme.parent / "logs").glob("*.txt")) if isinstance(run := read_run(log), Run)]
@@ -717,7 +717,7 @@ def history_rows(records: Path) -> list[dict]:
                              summary=summarize(runs, TARGET), settings={}, reported=True))  # fmt: skip
     for row in rows:
         row["seconds"], row["reached"] = row["summary"]["time_mean"], why_unproven(row["summary"], row["settings"]) is None
-    return sorted(rows, key=lambda row: (row["date"], row["folder"] is not None, str(row["folder"])), reverse=True)
+    return sorted(rows, key=lambda row: (row["date"], row["folder"] is not None, row["runs"][-1].path.name, str(row["folder"])), reverse=True)
 
 
 def history(arguments) -> int:
