@@ -150,6 +150,12 @@ def test_mlp_hidden(T, width, hidden, dtype, tolerance, mlp_kernels):
     assert relative(dhidden, (dy.double() @ w_out.double()) * 2 * squares.double().sqrt()) < tolerance
 
 
+def test_relu_squared_in_place():
+    x = torch.randn(5, 7)
+    wanted, result = torch.relu(x).square(), train_gpt.relu_squared_(x)
+    assert result.data_ptr() == x.data_ptr() and torch.equal(result, wanted)
+
+
 def test_normed_scale():
     """What norm can give fits into e4m3, and no bit of it is wasted."""
     width = 64
