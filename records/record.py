@@ -1,19 +1,31 @@
 """Make runs, read their logs and say what they prove.
 
-    ./run.sh record stats LOG|DIR...          # final losses and times, and whether the mean loss is below the target
+    ./run.sh record stats LOG|DIR...          # final losses and times; is the mean below the target?
     ./run.sh record compare LOG|DIR LOG|DIR   # is the second faster, at a loss that is not worse?
     ./run.sh record diff LOG|SCRIPT|DIR ...   # what changed between the scripts of two records
-    ./run.sh record race A.py B.py --runs N   # run both alternately on this machine, then compare; the same command resumes
-    ./run.sh record sweep FILE                # run a list of settings and rank their losses; the same command resumes
+    ./run.sh record race A.py B.py --runs N   # run both alternately, then compare; the same command resumes
+    ./run.sh record sweep FILE                # run a list of settings and rank them; the same command resumes
     ./run.sh record plot DIR... -o out.png    # loss against time and steps, and the record history
+    ./run.sh record profile LOG               # where the time of profiled steps went, by part and by kernel
     ./run.sh record new NAME LOG|DIR...       # a record's folder: script, logs, statistics, picture
-    ./run.sh record history                   # the table of records in README.md, anew
+    ./run.sh record history                   # write the table of records in records/README.md
 
-Reads this project's logs and those of the public records since 2024-10; folders may be nested one level. Never imports torch.
+A claim's folder goes to records/, and with --unproven runs that prove nothing go to records/proxy/. The tool
+reads this project's logs and those of the public records since 2024-10; folders may be nested one level.
+
+A log as a run writes it begins with the script's source. In a record's folder the source lies beside the logs
+once, as train_gpt.py, and each log begins with a line that names it instead:
+
+    script: train_gpt.py sha256:<hex>
+
+This tool never imports torch.
 """
 
 import argparse
+import dataclasses
 import difflib
+import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -27,58 +39,81 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from collections import Counter
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 RECORDS = Path(__file__).parent
 ROOT = RECORDS.parent
-TARGET, SIGNIFICANT = 3.28, 0.01
+TARGET = 3.28  # nats a token
+SIGNIFICANT = 0.01  # p of a claim is below this
 TARGET_TOKENS = "10485760"  # of FineWeb's validation shard, on which the target is meant
-SEPARATOR = re.compile(rb"^={20,}\s*$", re.M)
-VALIDATION = re.compile(rb"^step:(\d+)/(\d+) val_loss:(\S+) train_time:(\d+)ms step_avg:([\d.]+|nan|inf)ms", re.M)
-OLD_LINE = re.compile(rb"^s:(\d+) (trl|tel):(\S+)", re.M)
-CALIBRATION = re.compile(rb"^calibration rank \d+: (.*)$", re.M)
-FIGURE = re.compile(r"(\w+)=([\d.]+(?:e[+-]?\d+)?)([A-Za-z/]+)")
-JUDGED = ("gemm", "copy", "all_reduce", "power_limit")  # launch times and momentary clocks scatter too much to judge by
+SCRIPT_NAME = "train_gpt.py"
 
 
 class UsageError(Exception):
     """A mistake of the user's: its text is one line that names the file or flag and what to do."""
 
 
+# ============================================================================================================
+# Logs
+
+SEPARATOR = re.compile(rb"^={20,}\s*$", re.M)
+VALIDATION = re.compile(
+    rb"^step:(\d+)/(\d+) val_loss:(\S+) train_time:(\d+)ms step_avg:([\d.]+|nan|inf)ms", re.M
+)
+OLD_LINE = re.compile(rb"^s:(\d+) (trl|tel):(\S+)", re.M)
+CALIBRATION = re.compile(rb"^calibration rank \d+: (.*)$", re.M)
+FIGURE = re.compile(r"(\w+)=([\d.]+(?:e[+-]?\d+)?)([A-Za-z/]+)")
+ARCHIVED = re.compile(r"script: ([\w.-]+) sha256:([0-9a-f]{64})")
+PROFILED = re.compile(rb"^profile: steps (\d+) to (\d+), trace ", re.M)
+
+
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its log, steps, final validation loss in nats a token, and training time in s where the log has it."""
+    """A finished run: its log, its steps and its final validation loss in nats a token.
+
+    `seconds` is the training time, where the log has it. `calibration` holds the figures of the run's slowest
+    rank by name and unit, and is empty for a log that has none.
+    """
 
     path: Path
     steps: int
     loss: float
     seconds: float | None
-    calibration: dict[str, float]  # of its slowest rank, with the unit in the name; empty in logs that have none
+    calibration: dict[str, float]
 
 
-def script_end(data: bytes) -> int:
-    """Where the script in a log's head ends: at the first line of = that has text before it, for some logs begin with one."""
-    return next((match.end() for match in SEPARATOR.finditer(data) if data[: match.start()].strip(b"=\r\n ")), 0)
+def script_span(data: bytes) -> tuple[int, int]:
+    """Where the line of = behind a log's script begins and ends; (0, 0) in a log without a script.
+
+    Some logs begin with such a line, so it is the first that has text before it.
+    """
+    for match in SEPARATOR.finditer(data):
+        if data[: match.start()].strip(b"=\r\n "):
+            return match.span()
+    return 0, 0
 
 
 def read_run(path: Path) -> Run | str:
-    """The run that a log tells of, or why there is none: it is not a log, was cut off, or ended with no finite loss."""
+    """The run that a log tells of, or why there is none: no log, cut off, or ended with no finite loss."""
     try:
         data = path.read_bytes()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    start = script_end(data)
+    _, start = script_span(data)
     if lines := VALIDATION.findall(data, start):
         step, total, loss, milliseconds, _ = lines[-1]
         if int(step) < int(total):
             return f"unfinished, cut off after step {int(step)} of {int(total)}"
-        steps, seconds = int(total), int(milliseconds) / 1000
+        seconds = int(milliseconds) / 1000
     elif lines := OLD_LINE.findall(data, start):
         step, kind, loss = lines[-1]
         if kind != b"tel":
             return f"unfinished, cut off after step {int(step)}"
-        steps, seconds = int(step), None
+        seconds = None
     elif re.search(rb"^step:\d+/\d+ train_time:", data[start:], re.M):
         return "unfinished, cut off before its first validation"
     elif start and b"\narguments: " in data[start:]:
@@ -89,7 +124,9 @@ def read_run(path: Path) -> Run | str:
         loss = float(loss)
     except ValueError:
         return "not a log"
-    return Run(path, steps, loss, seconds, read_calibration(data, start)) if math.isfinite(loss) else f"its final loss is {loss}"
+    if not math.isfinite(loss):
+        return f"its final loss is {loss}"
+    return Run(path, int(step), loss, seconds, read_calibration(data, start))
 
 
 def read_calibration(data: bytes, start: int) -> dict[str, float]:
@@ -97,19 +134,40 @@ def read_calibration(data: bytes, start: int) -> dict[str, float]:
     slowest = {}
     for line in CALIBRATION.findall(data, start):
         for name, value, unit in FIGURE.findall(line.decode()):
-            key, worse = f"{name} {unit}", max if unit == "us" else min
+            key = f"{name} {unit}"
+            worse = max if unit == "us" else min
             slowest[key] = worse(slowest.get(key, float(value)), float(value))
     return slowest
 
 
+def read_curve(path: Path) -> list[tuple[int, float | None, float]]:
+    """Step, training time in s where the log has it, and loss of every validation of a log."""
+    data = path.read_bytes()
+    _, start = script_span(data)
+    if lines := VALIDATION.findall(data, start):
+        return [(int(step), int(ms) / 1000, float(loss)) for step, _, loss, ms, _ in lines]
+    lines = OLD_LINE.findall(data, start)
+    return [(int(step), None, float(loss)) for step, kind, loss in lines if kind == b"tel"]
+
+
+def is_log_file(path: Path) -> bool:
+    """Whether a path's name is a log's and a file lies there."""
+    return path.suffix in (".txt", ".log") and path.is_file()
+
+
 def find_logs(arguments: list[str]) -> list[Path]:
-    """The .txt and .log files that are named, or lie in a folder that is named or one level below; raises UsageError."""
+    """The .txt and .log files that are named, or lie in a named folder or one level below it.
+
+    Raises UsageError for a path where there is none.
+    """
     found = []
     for path in map(Path, arguments):
         if path.is_dir():
-            inside = sorted(p for pattern in ("*", "*/*") for p in path.glob(pattern) if p.suffix in (".txt", ".log") and p.is_file())
+            inside = sorted(filter(is_log_file, [*path.glob("*"), *path.glob("*/*")]))
             if not inside:
-                raise UsageError(f"{path}: holds no .txt or .log file, itself or one level below; name a folder of logs")
+                raise UsageError(
+                    f"{path}: holds no .txt or .log file, itself or one level below; name a folder of logs"
+                )
             found += inside
         elif path.is_file():
             found.append(path)
@@ -119,7 +177,10 @@ def find_logs(arguments: list[str]) -> list[Path]:
 
 
 def read_runs(arguments: list[str]) -> dict[int, list[Run]]:
-    """Finished runs by their number of steps; what is left out is named on stderr. Raises UsageError when nothing remains."""
+    """Finished runs by their number of steps; stderr names what is left out, and why.
+
+    Raises UsageError when nothing remains.
+    """
     groups = {}
     for path in find_logs(arguments):
         run = read_run(path)
@@ -135,6 +196,144 @@ def read_runs(arguments: list[str]) -> dict[int, list[Run]]:
     return groups
 
 
+def logged_runs(folder: Path) -> list[Run]:
+    """The finished runs whose logs lie in a folder."""
+    runs = [read_run(log) for log in sorted(folder.glob("*.txt"))]
+    return [run for run in runs if isinstance(run, Run)]
+
+
+# ============================================================================================================
+# The heads of logs
+
+
+def read_head(log: Path) -> tuple[str, str]:
+    """The script that a log holds or names, and what follows it up to the next line of =.
+
+    What follows is versions, machine and settings. Raises UsageError when an archived log's script is
+    missing.
+    """
+    data = log.read_bytes()
+    script_end, rest_start = script_span(data)
+    script = bare(data[:script_end])
+    rest = SEPARATOR.split(data[rest_start:])[0].decode(errors="replace")
+    if named := ARCHIVED.fullmatch(script):
+        script = archived_script(log, named[1], named[2])
+    return script, rest
+
+
+def bare(script: bytes) -> str:
+    """A script's text without the empty lines, or a log's line of =, around it."""
+    return script.decode(errors="replace").strip("=\r\n")
+
+
+def archived_script(log: Path, name: str, digest: str) -> str:
+    """The script that an archived log names: it lies above the log's folder, if that is `logs`, or beside it.
+
+    Raises UsageError when there is none, or when its SHA-256 is not the one that the log gives.
+    """
+    folders = [log.parent]
+    if log.absolute().parent.name == "logs":
+        folders.insert(0, Path(os.path.normpath(log.parent / "..")))
+    paths = [folder / name for folder in folders]
+    path = next(filter(Path.is_file, paths), paths[0])
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{path}: {log} names this script, and it cannot be read ({error.strerror})"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise UsageError(f"{path}: is not the script that {log} names; its SHA-256 differs")
+    return bare(data)
+
+
+def archive(log: bytes, script: bytes) -> bytes:
+    """A log as a record keeps it: one line that names the script stands in the place of the source."""
+    separator, _ = script_span(log)
+    line = f"script: {SCRIPT_NAME} sha256:{hashlib.sha256(script).hexdigest()}\n"
+    return line.encode() + log[separator:]
+
+
+def settings_in(head: str) -> dict[str, str]:
+    """The settings that this project's logs list."""
+    return dict(re.findall(r"^([a-z]\w*)=(.*)$", head, re.M))
+
+
+def arguments_in(head: str) -> list[str] | None:
+    """The flags that a run was started with, but for the log folder, where its log tells."""
+    found = re.search(r"^arguments: (.*)$", head, re.M)
+    try:
+        flags = shlex.split(found[1]) if found else None
+    except ValueError:  # the line is cut
+        flags = None
+    return flags and [flag for flag in flags if not flag.startswith("--log_dir")]
+
+
+def machine_of(head: str) -> tuple[str, int]:
+    """The devices that a log of this project names, as 8×NVIDIA H100, and their number."""
+    found = re.search(r"^devices: (\d+) x (.*)$", head, re.M)
+    return (f"{found[1]}×{found[2]}", int(found[1])) if found else ("not named in the logs", 1)
+
+
+def changed_settings(a: dict[str, str], b: dict[str, str]) -> list[str]:
+    """Settings that differ, as text; none where a side lists none, as a script alone does."""
+    if not a or not b:
+        return []
+    changed = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    return [f"{name}: {a.get(name, '(not set)')} -> {b.get(name, '(not set)')}" for name in changed]
+
+
+def changed_experiment(a: dict[str, str], b: dict[str, str]) -> list[str]:
+    """Settings that differ as in `changed_settings`, but for the seed and the log folder."""
+    return [line for line in changed_settings(a, b) if line.split(":")[0] not in ("seed", "log_dir")]
+
+
+def same_in_all(runs: list[Run]) -> tuple[str, str]:
+    """The script that all runs share, and the head of the first.
+
+    Raises UsageError, naming the log and what differs, unless they also share all settings but the seed.
+    """
+    first = runs[0].path
+    script, head = read_head(first)
+    for run in runs[1:]:
+        other, other_head = read_head(run.path)
+        if other != script:
+            raise UsageError(
+                f"{run.path}: made by another script than {first}; a record has one (record.py diff shows how"
+                " they differ)"
+            )
+        if unlike := changed_experiment(settings_in(head), settings_in(other_head)):
+            raise UsageError(f"{run.path}: other settings than {first} ({unlike[0]}); a record has one set")
+    return script, head
+
+
+# ============================================================================================================
+# Statistics
+
+JUDGED = ("gemm", "copy", "all_reduce", "power_limit")  # launch times and momentary clocks scatter too much
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `stats` says of runs of one length: losses in nats a token, times in s.
+
+    p: one-sided t-test of the mean loss against the target, None for a single run. What the runs do not have,
+    as the deviation of one or the times of logs without them, is None.
+    """
+
+    steps: int | None
+    runs: int
+    losses: list[float]
+    loss_mean: float
+    loss_std: float | None
+    target: float
+    p: float | None
+    times: list[float]
+    time_mean: float | None
+    time_std: float | None
+    step_avg_ms: float | None
+
+
 def mean_and_std(values: list[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation, which one value does not have."""
     import numpy as np
@@ -142,26 +341,42 @@ def mean_and_std(values: list[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def summarize(runs: list[Run], target: float) -> dict:
-    """What `stats` says of runs of one length. p: one-sided t-test of the mean loss against the target, None for a single run."""
+def probability(losses: list[float], target: float) -> float | None:
+    """The p of a one-sided t-test that the mean loss is below the target; None for a single run."""
     from scipy.stats import ttest_1samp
 
-    losses, times = [run.loss for run in runs], [run.seconds for run in runs if run.seconds is not None]
+    if len(losses) < 2:
+        return None
+    mean, std = mean_and_std(losses)
+    if std < 1e-9:  # equal but for rounding: the test divides by it
+        return float(mean >= target)
+    return float(ttest_1samp(losses, target, alternative="less").pvalue)
+
+
+def summarize(runs: list[Run], target: float) -> Summary:
+    """The figures of runs of one length."""
+    losses = [run.loss for run in runs]
+    times = [run.seconds for run in runs if run.seconds is not None]
+    steps = runs[0].steps
     loss_mean, loss_std = mean_and_std(losses)
     time_mean, time_std = mean_and_std(times) if times else (None, None)
-    if len(runs) < 2:
-        p = None
-    elif loss_std < 1e-9:  # equal but for rounding: the test divides by it
-        p = float(loss_mean >= target)
-    else:
-        p = float(ttest_1samp(losses, target, alternative="less").pvalue)
-    return dict(
-        steps=runs[0].steps, runs=len(runs), losses=losses, loss_mean=loss_mean, loss_std=loss_std, target=target, p=p, times=times,
-        time_mean=time_mean, time_std=time_std, step_avg_ms=1000 * time_mean / runs[0].steps if times and runs[0].steps else None,
-    )  # fmt: skip
+    return Summary(
+        steps=steps,
+        runs=len(runs),
+        losses=losses,
+        loss_mean=loss_mean,
+        loss_std=loss_std,
+        target=target,
+        p=probability(losses, target),
+        times=times,
+        time_mean=time_mean,
+        time_std=time_std,
+        step_avg_ms=1000 * time_mean / steps if times and steps else None,
+    )
 
 
 def number(value: float | None, digits: int = 4) -> str:
+    """A figure of so many decimals, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -173,15 +388,17 @@ def markdown(rows: list[list[str]]) -> str:
 def aligned(rows: list[list[str]]) -> str:
     """A plain table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join(map("  ".join, lines))
 
 
-def stats_rows(summaries: list[dict]) -> list[list[str]]:
+def stats_rows(summaries: list[Summary]) -> list[list[str]]:
     """The table of `stats`."""
-    rows = [["steps", "runs", "mean loss", "std", f"p (< {summaries[0]['target']:g})", "mean time s", "std", "step ms"]]
+    p = f"p (< {summaries[0].target:g})"
+    rows = [["steps", "runs", "mean loss", "std", p, "mean time s", "std", "step ms"]]
     for s in summaries:
-        figures = [number(s["loss_mean"]), number(s["loss_std"]), number(s["p"]), number(s["time_mean"]), number(s["time_std"]), number(s["step_avg_ms"], 2)]
-        rows.append([str(s["steps"]), str(s["runs"]), *figures])
+        figures = [s.loss_mean, s.loss_std, s.p, s.time_mean, s.time_std]
+        rows.append([str(s.steps), str(s.runs), *map(number, figures), number(s.step_avg_ms, 2)])
     return rows
 
 
@@ -190,111 +407,142 @@ def stats(arguments) -> int:
     groups = read_runs(arguments.paths)
     summaries = [summarize(runs, arguments.target) for _, runs in sorted(groups.items())]
     for s in summaries:
-        if s["p"] is None:
-            print(f"{s['steps']} steps: one run gives no p; at least 1 more is missing", file=sys.stderr)
+        if s.p is None:
+            print(f"{s.steps} steps: one run gives no p; at least 1 more is missing", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(summaries, indent=1))
-        return 0
-    rows = stats_rows(summaries)
-    if arguments.markdown:
-        print(markdown(rows))
+        print(json.dumps([dataclasses.asdict(s) for s in summaries], indent=1))
+    elif arguments.markdown:
+        print(markdown(stats_rows(summaries)))
     else:
-        print(aligned(rows))
+        print(aligned(stats_rows(summaries)))
         for s in summaries:
-            print(f"{s['steps']} steps, losses: " + " ".join(f"{loss:.4f}" for loss in s["losses"]))
+            print(f"{s.steps} steps, losses: " + " ".join(f"{loss:.4f}" for loss in s.losses))
     return 0
 
 
 def calibration_of(runs: list[Run]) -> dict[str, float]:
     """Each calibration figure as the mean over the runs that have it."""
-    names = dict.fromkeys(name for run in runs for name in run.calibration)
-    return {name: statistics.fmean(run.calibration[name] for run in runs if name in run.calibration) for name in names}
+    figures = {}
+    for run in runs:
+        for name, value in run.calibration.items():
+            figures.setdefault(name, []).append(value)
+    return {name: statistics.fmean(values) for name, values in figures.items()}
 
 
-def machine_differences(a: dict[str, float], b: dict[str, float]) -> list[str]:
-    """The judged figures in which b is more than 1 % off a, as text."""
-    names = [name for name in a if name in b and any(part in name for part in JUDGED)]
-    return [f"{name.split()[0]} {b[name] / a[name] - 1:+.1%}" for name in names if abs(b[name] / a[name] - 1) > 0.01]
+def is_judged(name: str) -> bool:
+    """Whether two machines are compared by a calibration figure of this name."""
+    return any(part in name for part in JUDGED)
+
+
+def machine_differences(a: list[Run], b: list[Run]) -> list[str]:
+    """The judged figures in which the machine of b is more than 1 % off that of a, as text."""
+    a_figures = calibration_of(a)
+    b_figures = calibration_of(b)
+    changes = {name: b_figures[name] / a_figures[name] - 1 for name in a_figures if name in b_figures}
+    return [
+        f"{name.split()[0]} {change:+.1%}"
+        for name, change in changes.items()
+        if is_judged(name) and abs(change) > 0.01
+    ]
 
 
 def print_machines(a: list[Run], b: list[Run]):
-    """The calibration of two sets of runs, and whether their machines differ."""
-    a, b = calibration_of(a), calibration_of(b)
-    for name, figures in (("A", a), ("B", b)):
+    """Print the calibration of two sets of runs, and whether their machines differ."""
+    a_figures = calibration_of(a)
+    b_figures = calibration_of(b)
+    for name, figures in (("A", a_figures), ("B", b_figures)):
         if not figures:
-            print(f"The logs of {name} hold no calibration, so a slower machine cannot be told from a slower script.")
+            print(
+                f"The logs of {name} hold no calibration, so a slower machine cannot be told from a slower"
+                " script."
+            )
             return
-    for name in a:
-        if name in b:
-            print(f"{name}: A {a[name]:.4g}, B {b[name]:.4g} ({b[name] / a[name] - 1:+.1%})")
+    for name, value in a_figures.items():
+        if name in b_figures:
+            other = b_figures[name]
+            print(f"{name}: A {value:.4g}, B {other:.4g} ({other / value - 1:+.1%})")
     if differences := machine_differences(a, b):
-        print(f"The machines differ by more than 1 % ({', '.join(differences)}): the times may show the machine and not the script.")
+        print(
+            f"The machines differ by more than 1 % ({', '.join(differences)}): the times may show the machine"
+            " and not the script."
+        )
+
+
+def comparable_runs(path: str) -> list[Run]:
+    """The runs of one side of a comparison: several, of one length. Raises UsageError for others."""
+    groups = read_runs([path])
+    if len(groups) > 1:
+        raise UsageError(f"{path}: runs of {len(groups)} different lengths; name the logs of one length")
+    (runs,) = groups.values()
+    if len(runs) < 2:
+        raise UsageError(f"{path}: one run cannot be compared; at least 1 more is missing")
+    return runs
+
+
+def print_difference(
+    name: str, unit: str, digits: int, a: list[float], b: list[float]
+) -> tuple[float, float]:
+    """Print how far the mean of b is from that of a; returns the 95 % interval of the difference."""
+    from scipy.stats import ttest_ind
+
+    test = ttest_ind(b, a, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    difference = statistics.fmean(b) - statistics.fmean(a)
+    print(
+        f"{name}, B - A: {difference:+.{digits}f} {unit}, 95 % interval {low:+.{digits}f} to"
+        f" {high:+.{digits}f}, Welch p {test.pvalue:.4f}"
+    )
+    return low, high
+
+
+def verdict(interval: tuple[float, float], below: str, above: str, neither: str) -> str:
+    """What a 95 % interval of a difference says: it lies below zero, above, or holds it."""
+    low, high = interval
+    if high < 0:
+        return below
+    return above if low > 0 else neither
 
 
 def compare(arguments) -> int:
-    """Print both summaries, the differences with 95 % intervals, the machines, and whether the second is faster at equal loss."""
-    from scipy.stats import ttest_ind
-
-    sides, sets = [], []
-    for path in (arguments.a, arguments.b):
-        groups = read_runs([path])
-        if len(groups) > 1:
-            raise UsageError(f"{path}: runs of {len(groups)} different lengths; name the logs of one length")
-        (runs,) = groups.values()
-        if len(runs) < 2:
-            raise UsageError(f"{path}: one run cannot be compared; at least 1 more is missing")
-        sides.append(summarize(runs, TARGET))
-        sets.append(runs)
-    a, b = sides
-    for name, side in (("A", a), ("B", b)):
-        spent = f", {side['time_mean']:.4f} ± {side['time_std']:.4f} s" if len(side["times"]) > 1 else ""
-        print(f"{name}: {side['runs']} runs of {side['steps']} steps, loss {side['loss_mean']:.4f} ± {side['loss_std']:.4f} (p {side['p']:.4f}){spent}")
+    """Print both summaries, the machines, the differences with 95 % intervals, and which side is faster."""
+    sets = [comparable_runs(path) for path in (arguments.a, arguments.b)]
+    a, b = (summarize(runs, TARGET) for runs in sets)
+    for name, s in (("A", a), ("B", b)):
+        spent = f", {s.time_mean:.4f} ± {s.time_std:.4f} s" if len(s.times) > 1 else ""
+        print(
+            f"{name}: {s.runs} runs of {s.steps} steps, loss {s.loss_mean:.4f} ± {s.loss_std:.4f}"
+            f" (p {s.p:.4f}){spent}"
+        )
     print_machines(*sets)
-    verdicts = {}
-    for name, unit, digits in (("losses", "nats", 5), ("times", "s", 4)):
-        if len(a[name]) > 1 and len(b[name]) > 1:
-            test = ttest_ind(b[name], a[name], equal_var=False)
-            low, high = test.confidence_interval(0.95)
-            difference = mean_and_std(b[name])[0] - mean_and_std(a[name])[0]
-            print(f"{name}, B - A: {difference:+.{digits}f} {unit}, 95 % interval {low:+.{digits}f} to {high:+.{digits}f}, Welch p {test.pvalue:.4f}")
-            verdicts[name] = (low, high)
-    if "times" not in verdicts:
+    losses = print_difference("losses", "nats", 5, a.losses, b.losses)
+    if len(a.times) < 2 or len(b.times) < 2:
         print("These logs hold no times, so nothing can be said of speed.")
         return 0
-    span, loss = verdicts["times"], verdicts["losses"]
-    speed = "B is faster" if span[1] < 0 else "B is slower" if span[0] > 0 else "Neither is shown to be faster"
-    quality = "its loss is worse" if loss[0] > 0 else "its loss is better" if loss[1] < 0 else "no difference in loss is shown"
-    print(f"{speed} ({mean_and_std(b['times'])[0] - mean_and_std(a['times'])[0]:+.4f} s), and {quality}.")
+    times = print_difference("times", "s", 4, a.times, b.times)
+    speed = verdict(times, "B is faster", "B is slower", "Neither is shown to be faster")
+    quality = verdict(losses, "its loss is better", "its loss is worse", "no difference in loss is shown")
+    print(f"{speed} ({b.time_mean - a.time_mean:+.4f} s), and {quality}.")
     return 0
 
 
-def read_head(log: Path) -> tuple[str, str]:
-    """The script in a log's head, and what follows it up to the next line of =: versions, machine and settings."""
-    data = log.read_bytes()
-    end = script_end(data)
-    script, rest = (part.decode(errors="replace") for part in (data[:end], SEPARATOR.split(data[end:])[0]))
-    return script.strip("=\r\n"), rest
+# ============================================================================================================
+# Scripts
 
 
-def settings_in(head: str) -> dict[str, str]:
-    """The settings that this project's logs list."""
-    return dict(re.findall(r"^([a-z]\w*)=(.*)$", head, re.M))
-
-
-def arguments_in(head: str) -> list[str] | None:
-    """The flags that a run was started with, but for the log folder, where its log tells."""
-    found = re.search(r"^arguments: (.*)$", head, re.M)
-    return [flag for flag in shlex.split(found[1]) if not flag.startswith("--log_dir")] if found else None
+def read_text(path: Path, kind: str) -> str:
+    """A file's text; raises UsageError, saying that it cannot be read as what it should be."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UsageError(f"{path}: cannot be read as {kind} ({reason})") from None
 
 
 def script_of(argument: str) -> tuple[str, dict[str, str]]:
     """The script behind a log, a script or a folder's first log, and its settings where a log lists them."""
     path = Path(argument)
     if path.suffix == ".py":
-        try:
-            return path.read_text(), {}
-        except (OSError, UnicodeDecodeError):
-            raise UsageError(f"{path}: cannot be read as a script") from None
+        return read_text(path, "a script"), {}
     logs = [log for log in find_logs([argument]) if read_run(log) != "not a log"]
     if not logs:
         raise UsageError(f"{path}: neither a script nor a log, nor a folder with one")
@@ -302,15 +550,10 @@ def script_of(argument: str) -> tuple[str, dict[str, str]]:
     return script, settings_in(head)
 
 
-def changed_settings(a: dict[str, str], b: dict[str, str]) -> list[str]:
-    """Settings that differ, as text; none where a side lists none, as a script alone or another project's log."""
-    names = sorted(a.keys() | b.keys()) if a and b else []
-    return [f"{name}: {a.get(name, '(not set)')} -> {b.get(name, '(not set)')}" for name in names if a.get(name) != b.get(name)]
-
-
 def diff(arguments) -> int:
     """Print the settings that differ, then the unified diff of the two scripts; in colour on a terminal."""
-    (a, a_settings), (b, b_settings) = script_of(arguments.a), script_of(arguments.b)
+    a, a_settings = script_of(arguments.a)
+    b, b_settings = script_of(arguments.b)
     for line in changed_settings(a_settings, b_settings):
         print(line)
     colours = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m"} if sys.stdout.isatty() else {}
@@ -320,23 +563,60 @@ def diff(arguments) -> int:
     return 0
 
 
+def definition_of(lines: list[str], at: int) -> str:
+    """The name of the class, function or table that a line of a script lies in."""
+    for line in reversed(lines[: at + 1]):
+        if found := re.match(r"(?:class|def) (\w+)|(\w+) = ", line):
+            return f"`{found[1] or found[2]}`"
+    return "`the head`"
+
+
 def summarize_diff(a: str, b: str) -> str:
     """How many lines two scripts differ by, and in which definitions."""
-    sides, counts, touched = (a.splitlines(), b.splitlines()), [0, 0], {}
-    for _, *spans in (o for o in difflib.SequenceMatcher(None, *sides, autojunk=False).get_opcodes() if o[0] != "equal"):
-        for side, (lines, low, high) in enumerate(((sides[0], *spans[:2]), (sides[1], *spans[2:]))):
-            counts[side] += high - low
-            for at in range(low, high):
-                above = (re.match(r"(?:class|def) (\w+)|(\w+) = ", lines[i]) for i in range(at, -1, -1))
-                found = next(filter(None, above), None)
-                touched[found[1] or found[2] if found else "the head"] = None
-    return f"+{counts[1]} -{counts[0]} lines" + (f", in {', '.join(f'`{name}`' for name in touched)}" if touched else "")
+    old = a.splitlines()
+    new_lines = b.splitlines()
+    added = removed = 0
+    touched = {}
+    matcher = difflib.SequenceMatcher(None, old, new_lines, autojunk=False)
+    for kind, old_low, old_high, new_low, new_high in matcher.get_opcodes():
+        if kind == "equal":
+            continue
+        removed += old_high - old_low
+        added += new_high - new_low
+        touched |= {definition_of(old, at): None for at in range(old_low, old_high)}
+        touched |= {definition_of(new_lines, at): None for at in range(new_low, new_high)}
+    return f"+{added} -{removed} lines" + (f", in {', '.join(touched)}" if touched else "")
+
+
+def patched(script: Path, patches: tuple[Path, ...]) -> str:
+    """The script's text after patches, of which only what they change in train_gpt.py counts.
+
+    Raises UsageError when one does not apply.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / SCRIPT_NAME
+        shutil.copy(script, copy)
+        # A repository around the folder would confuse git.
+        environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(folder).parent)}
+        for patch in patches:
+            command = ["git", "apply", f"--include={SCRIPT_NAME}", str(patch.resolve())]
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                reason = done.stderr.strip().splitlines()[0]
+                raise UsageError(f"{patch}: does not apply to {script}: {reason}")
+        return copy.read_text()
+
+
+# ============================================================================================================
+# Runs
 
 
 def launch_command(script: str, processes: int) -> list[str]:
     """How run.sh starts a script: plainly for one process, else by torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*(torchrun if processes > 1 else [sys.executable]), script]
+    if processes == 1:
+        return [sys.executable, script]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, f"--nproc_per_node={processes}", script]
 
 
 def count_gpus() -> int:
@@ -348,25 +628,28 @@ def count_gpus() -> int:
 
 def finished_runs(folder: Path, script: Path) -> list[Run]:
     """The finished runs of just this script whose logs lie in a folder."""
-    runs = [run for log in sorted(folder.glob("*.txt")) if isinstance(run := read_run(log), Run)]
-    return [run for run in runs if read_head(run.path)[0].strip() == script.read_text().strip()]
+    text = script.read_text().strip()
+    return [run for run in logged_runs(folder) if read_head(run.path)[0].strip() == text]
 
 
 def make_run(script: Path, folder: Path, seed: int, flags: list[str], processes: int) -> str | None:
-    """Run a script once, with its log in the folder, unless a finished run of it with this seed and these settings lies there.
+    """Run a script once, with its log in the folder; returns what went wrong.
 
-    The script must take --seed and --log_dir and list its settings in its log, as this project's do. Returns what went wrong.
+    Nothing is run if a finished run of it with this seed and these settings lies there. The script must take
+    --seed and --log_dir and list its settings in its log, as this project's do.
     """
     arguments = [flag for flag in flags if not flag.startswith("--log_dir")] + [f"--seed={seed}"]
     for run in finished_runs(folder, script):
-        head = read_head(run.path)[1]
+        _, head = read_head(run.path)
         if settings_in(head).get("seed") == str(seed) and arguments_in(head) in (None, arguments):
             return None
     arguments.append(f"--log_dir={folder}")
     print(f"run: {shlex.join([str(script), *arguments])}", flush=True)
-    done = subprocess.run([*launch_command(str(script), processes), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [*launch_command(str(script), processes), *arguments]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        return f"ended with code {done.returncode}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
+        said = done.stderr.strip().splitlines() or ["no word"]
+        return f"ended with code {done.returncode}: {said[-1]}"
     if not finished_runs(folder, script):
         return "ended without a log of a finished run"
     return None
@@ -376,22 +659,22 @@ def race(arguments) -> int:
     """Run A and B in turn until each has its runs, run i of both with the same seed, and compare them."""
     if arguments.runs < 2:
         raise UsageError(f"--runs={arguments.runs}: one run proves nothing; give at least 2")
-    scripts = [Path(script) for script in (arguments.a, arguments.b)]
-    for script in scripts:
+    sides = [(Path(arguments.a), Path(arguments.out) / "a"), (Path(arguments.b), Path(arguments.out) / "b")]
+    for script, _ in sides:
         if not script.is_file():
             raise UsageError(f"{script}: does not exist; name a training script")
-    folders = [Path(arguments.out) / side for side in ("a", "b")]
-    for folder in folders:
+    for script, folder in sides:
         folder.mkdir(parents=True, exist_ok=True)
-    for script, folder in zip(scripts, folders, strict=True):
-        if len(finished_runs(folder, script)) < sum(isinstance(read_run(log), Run) for log in folder.glob("*.txt")):
+        if len(finished_runs(folder, script)) < len(logged_runs(folder)):
             raise UsageError(f"{folder}: holds runs of another version of {script}; give another --out")
     processes = arguments.nproc or max(1, count_gpus())
     for i in range(arguments.runs):
-        for script, folder in zip(scripts, folders, strict=True):
+        for script, folder in sides:
             if error := make_run(script, folder, arguments.seed + i, arguments.flags, processes):
-                raise UsageError(f"{script}: run {i + 1} {error}; mend it, and the same command goes on from here")
-    arguments.a, arguments.b = map(str, folders)
+                raise UsageError(
+                    f"{script}: run {i + 1} {error}; mend it, and the same command goes on from here"
+                )
+    arguments.a, arguments.b = (str(folder) for _, folder in sides)
     return compare(arguments)
 
 
@@ -404,37 +687,50 @@ class Entry:
     patches: tuple[Path, ...] = ()
 
 
+def read_entry(name: str, words: list[str], path: Path, place: str) -> Entry:
+    """The entry of a sweep file's line, given its words; raises UsageError, naming the place of the line."""
+    files = itertools.takewhile(lambda word: word.endswith(".patch"), words)
+    patches = tuple(path.parent / file for file in files)
+    for patch in patches:
+        if not patch.is_file():
+            raise UsageError(f"{place}: {patch} does not exist")
+    flags = words[len(patches) :]
+    for flag in flags:
+        if not flag.startswith("--"):
+            raise UsageError(f"{place}: {flag!r} is not a flag; write --name=value")
+    return Entry(name, flags, patches)
+
+
 def read_sweep(path: Path) -> tuple[list[int], list[Entry]]:
     """Seeds and entries of a sweep file; raises UsageError, naming the line.
 
-    A line is NAME: [FILE.patch ...] FLAGS, the patches beside the file; seeds: and flags: hold for all; # begins a comment.
+    A line is NAME: [FILE.patch ...] FLAGS, with the patches beside the file. The lines seeds: and flags: hold
+    for all entries, and # begins a comment.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as a list of settings ({error})") from None
-    seeds, common, entries = [1, 2], [], {}
-    for count, line in enumerate(lines, 1):
+    seeds = [1, 2]
+    common = []
+    entries = {}
+    for count, line in enumerate(read_text(path, "a list of settings").splitlines(), 1):
         line = line.split("#")[0].strip()
         if not line:
             continue
+        place = f"{path}:{count}"
         name, colon, rest = line.partition(":")
-        words = shlex.split(rest)
+        try:
+            words = shlex.split(rest)
+        except ValueError as error:
+            raise UsageError(f"{place}: cannot read {line!r} ({error})") from None
         if name == "seeds" and words and all(word.isdecimal() for word in words):
             seeds = [int(word) for word in words]
         elif name == "flags":
             common = words
         elif not colon or not re.fullmatch(r"[\w.+-]+", name) or name in entries or name == "seeds":
-            raise UsageError(f"{path}:{count}: cannot read {line!r}; write NAME: [FILE.patch ...] FLAGS, each name once, or seeds: 1 2")
+            raise UsageError(
+                f"{place}: cannot read {line!r}; write NAME: [FILE.patch ...] FLAGS, each name once, or"
+                " seeds: 1 2"
+            )
         else:
-            patches = tuple(path.parent / word for word in itertools.takewhile(lambda word: word.endswith(".patch"), words))
-            words = words[len(patches) :]
-            for patch in patches:
-                if not patch.is_file():
-                    raise UsageError(f"{path}:{count}: {patch} does not exist")
-            if stray := [word for word in words if not word.startswith("--")]:
-                raise UsageError(f"{path}:{count}: {stray[0]!r} is not a flag; write --name=value")
-            entries[name] = Entry(name, words, patches)
+            entries[name] = read_entry(name, words, path, place)
     if not entries:
         raise UsageError(f"{path}: lists no setting; write lines such as  no-mlp-5: --layers=5.mlp=0")
     for entry in entries.values():
@@ -442,23 +738,28 @@ def read_sweep(path: Path) -> tuple[list[int], list[Entry]]:
     return seeds, list(entries.values())
 
 
-def patched(script: Path, patches: tuple[Path, ...]) -> str:
-    """The script's text after patches, of which only what they change in train_gpt.py counts; raises UsageError when one does not apply."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "train_gpt.py"
-        shutil.copy(script, copy)
-        environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(folder).parent)}  # a repository around it would confuse git
-        for patch in patches:
-            command = ["git", "apply", "--include=train_gpt.py", str(patch.resolve())]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise UsageError(f"{patch}: does not apply to {script}: {done.stderr.strip().splitlines()[0]}")
-        return copy.read_text()
+def sweep_rows(results: dict[str, list[Run]]) -> list[list[str]]:
+    """The table of a sweep: each setting's losses, and how far their mean is from the first setting's."""
+    rows = [["setting", "runs", "mean loss", "std", f"against {next(iter(results))}", "step ms"]]
+    first = None
+    for name, runs in results.items():
+        if not runs:
+            rows.append([name, "0", "-", "-", "-", "-"])
+            continue
+        s = summarize(runs, TARGET)
+        first = s.loss_mean if first is None else first
+        figures = [number(s.loss_mean), number(s.loss_std), f"{s.loss_mean - first:+.4f}"]
+        rows.append([name, str(s.runs), *figures, number(s.step_avg_ms, 2)])
+    return rows
 
 
 def sweep(arguments) -> int:
-    """Run each setting of a file with each seed, all settings before the next seed; then a table and a picture of their losses."""
-    file, script = Path(arguments.file), Path(arguments.script)
+    """Run each setting of a file with each seed, then write a table and a picture of their losses.
+
+    All settings are run with one seed before the next seed begins.
+    """
+    file = Path(arguments.file)
+    script = Path(arguments.script)
     seeds, entries = read_sweep(file)
     if not script.is_file():
         raise UsageError(f"--script={script}: does not exist")
@@ -466,38 +767,41 @@ def sweep(arguments) -> int:
     processes = arguments.nproc or max(1, count_gpus())
     for entry in entries:
         (out / entry.name).mkdir(parents=True, exist_ok=True)
-        (out / entry.name / "train_gpt.py").write_text(patched(script, entry.patches))
-    failed = {}
-    for seed in seeds:
-        for entry in entries:
-            folder = out / entry.name
-            if entry.name not in failed and (error := make_run(folder / "train_gpt.py", folder, seed, entry.flags + arguments.flags, processes)):
-                failed[entry.name] = error
-                print(f"record.py: {entry.name}, seed {seed}: {error}", file=sys.stderr)
-    results = {entry.name: finished_runs(out / entry.name, out / entry.name / "train_gpt.py") for entry in entries}
-    first = next((mean_and_std([run.loss for run in runs])[0] for runs in results.values() if runs), None)
-    rows = [["setting", "runs", "mean loss", "std", f"against {entries[0].name}", "step ms"]]
-    for name, runs in results.items():
-        losses, times = [run.loss for run in runs], [run.seconds for run in runs if run.seconds is not None]
-        mean, std = mean_and_std(losses) if losses else (None, None)
-        ms = 1000 * mean_and_std(times)[0] / runs[0].steps if times else None
-        rows.append([name, str(len(runs)), number(mean), number(std), "-" if mean is None else f"{mean - first:+.4f}", number(ms, 2)])
+        (out / entry.name / SCRIPT_NAME).write_text(patched(script, entry.patches))
+    failed = set()
+    for seed, entry in itertools.product(seeds, entries):
+        if entry.name in failed:
+            continue
+        folder = out / entry.name
+        if error := make_run(folder / SCRIPT_NAME, folder, seed, entry.flags + arguments.flags, processes):
+            failed.add(entry.name)
+            print(f"record.py: {entry.name}, seed {seed}: {error}", file=sys.stderr)
+    results = {
+        entry.name: finished_runs(out / entry.name, out / entry.name / SCRIPT_NAME) for entry in entries
+    }
+    rows = sweep_rows(results)
     (out / "table.md").write_text(markdown(rows) + "\n")
     print(aligned(rows))
-    if first is not None:
-        draw_sweep({name: [run.loss for run in runs] for name, runs in results.items() if runs}, out / "losses.png")
+    losses = {name: [run.loss for run in runs] for name, runs in results.items() if runs}
+    if losses:
+        draw_sweep(losses, out / "losses.png")
         print(f"table: {out / 'table.md'}, picture: {out / 'losses.png'}")
     return 1 if failed else 0
 
 
-def figure(width: float, height: float, rows: int = 1, columns: int = 1):
-    """A matplotlib figure of so many inches, drawn without a display, and its axes in a flat list."""
+# ============================================================================================================
+# Pictures
+
+
+def figure(width: float, height: float, rows: int = 1):
+    """A matplotlib figure of so many inches, drawn without a display, and its axes from top to bottom."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawn, axes = pyplot.subplots(rows, columns, figsize=(width, height), dpi=100, layout="constrained", squeeze=False)
+    size = (width, height)
+    drawn, axes = pyplot.subplots(rows, 1, figsize=size, dpi=100, layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -513,66 +817,66 @@ def save(drawn, path: Path):
 
 
 def draw_sweep(losses: dict[str, list[float]], path: Path):
-    """Final losses by setting: a dot a run, a bar at the mean, and the first setting's mean as a line."""
+    """Draw final losses by setting: a dot a run, a bar at the mean, a line at the first setting's mean."""
     drawn, (axis,) = figure(10, 1.5 + 0.3 * len(losses))
+    means = [statistics.fmean(values) for values in losses.values()]
     for y, values in enumerate(losses.values()):
         axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.6)
-        axis.plot(mean_and_std(values)[0], y, "|", color="black", markersize=14, markeredgewidth=2)
-    axis.axvline(mean_and_std(next(iter(losses.values())))[0], color="grey", linestyle="--", linewidth=1)
+        axis.plot(means[y], y, "|", color="black", markersize=14, markeredgewidth=2)
+    axis.axvline(means[0], color="grey", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(losses)), list(losses))
     axis.set_ylim(len(losses) - 0.5, -0.5)
     axis.set_xlabel("final validation loss (nats a token); bar: mean, dashed: the first setting")
     save(drawn, path)
 
 
-def read_curve(path: Path) -> list[tuple[int, float | None, float]]:
-    """Step, training time in s where the log has it, and loss of every validation of a log."""
-    data = path.read_bytes()
-    start = script_end(data)
-    if lines := VALIDATION.findall(data, start):
-        return [(int(step), int(ms) / 1000, float(loss)) for step, _, loss, ms, _ in lines]
-    return [(int(step), None, float(loss)) for step, kind, loss in OLD_LINE.findall(data, start) if kind == b"tel"]
+def common_points(runs: list[Run]) -> dict[int, list[tuple[float | None, float]]]:
+    """Time in s and loss of each run, by the steps at which all of them were validated."""
+    points = {}
+    for run in runs:
+        for step, seconds, loss in read_curve(run.path):
+            points.setdefault(step, []).append((seconds, loss))
+    return {step: found for step, found in sorted(points.items()) if len(found) == len(runs)}
 
 
 def draw_curves(axes: list, sets: dict[str, list[Run]], target: float | None):
-    """Validation loss against steps and against time, for each named set of runs its mean and the spread of its runs."""
-    shown = []
-    for colour, (name, runs) in enumerate(sets.items()):
-        points = {}
-        for run in runs:
-            for step, seconds, loss in read_curve(run.path):
-                points.setdefault(step, []).append((seconds, loss))
-        steps = sorted(step for step, found in points.items() if len(found) == len(runs))
-        losses = [[loss for _, loss in points[step]] for step in steps]
-        shown += [loss for step, found in zip(steps, losses, strict=True) if step for loss in found]
+    """Draw validation loss against steps and against time: the mean of each set of runs and their spread."""
+    shown = [] if target is None else [target]
+    for i, (name, runs) in enumerate(sets.items()):
+        points = common_points(runs)
+        losses = [[loss for _, loss in found] for found in points.values()]
+        times = [[seconds for seconds, _ in found] for found in points.values()]
+        shown += [loss for step, found in points.items() if step for _, loss in found]
+        label = f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})"
         for axis, timed in zip(axes, (False, True), strict=True):
-            if timed and any(seconds is None for step in steps for seconds, _ in points[step]):
+            if timed and any(None in found for found in times):
                 continue
-            at = [statistics.fmean(seconds for seconds, _ in points[step]) for step in steps] if timed else steps
-            style = dict(color=f"C{colour}", label=f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})", marker="o", markersize=3)
-            axis.plot(at, [statistics.fmean(found) for found in losses], **style)
-            axis.fill_between(at, [min(found) for found in losses], [max(found) for found in losses], color=f"C{colour}", alpha=0.25)
-    lines = [] if target is None else [target]
-    low, high = min(shown + lines), max(shown + lines)
+            x = [statistics.fmean(found) for found in times] if timed else list(points)
+            means = [statistics.fmean(found) for found in losses]
+            axis.plot(x, means, color=f"C{i}", label=label, marker="o", markersize=3)
+            axis.fill_between(x, list(map(min, losses)), list(map(max, losses)), color=f"C{i}", alpha=0.25)
+    margin = 0.05 * (max(shown) - min(shown))
     for axis, label in zip(axes, ("steps", "training time (s)"), strict=True):
-        for line in lines:
-            axis.axhline(line, color="black", linestyle="--", linewidth=1, label=f"target {line:g}")
-        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        if target is not None:
+            axis.axhline(target, color="black", linestyle="--", linewidth=1, label=f"target {target:g}")
+        axis.set_ylim(min(shown) - margin, max(shown) + margin)
         axis.set_xlabel(label)
         axis.set_ylabel("validation loss (nats a token)")
         axis.legend()
 
 
-def draw_history(axis, rows: list[dict]):
-    """Time to the target against date: records that reached it, ours filled, those reported by others hollow."""
-    from datetime import date
-
-    for row in rows:
-        face = "none" if row["reported"] else "C0"
-        axis.plot(date.fromisoformat(row["date"]), row["seconds"], "o", markerfacecolor=face, markeredgecolor="C0", markersize=8)
-    for i, row in enumerate(rows if len(rows) <= 12 else (rows[0], rows[-1])):  # more labels would overlap
-        place = dict(xytext=(8, -14 if i % 2 else 6), textcoords="offset points", fontsize=8)
-        axis.annotate(f"{row['seconds']:.1f} s, {row['machine']}", (date.fromisoformat(row["date"]), row["seconds"]), **place)
+def draw_history(axis, records: list["Record"]):
+    """Draw time to the target against date: our records filled, those reported by others hollow."""
+    labelled = records if len(records) <= 12 else [records[0], records[-1]]  # more labels would overlap
+    for record in records:
+        at = (date.fromisoformat(record.date), record.summary.time_mean)
+        face = "none" if record.reported else "C0"
+        axis.plot(*at, "o", markerfacecolor=face, markeredgecolor="C0", markersize=8)
+    for i, record in enumerate(labelled):
+        at = (date.fromisoformat(record.date), record.summary.time_mean)
+        text = f"{record.summary.time_mean:.1f} s, {record.machine}"
+        offset = (8, -14 if i % 2 else 6)
+        axis.annotate(text, at, xytext=offset, textcoords="offset points", fontsize=8)
     axis.margins(0.25)
     axis.set_xlabel("date (hollow: reported by others)")
     axis.set_ylabel("time to the target (s)")
@@ -580,174 +884,494 @@ def draw_history(axis, rows: list[dict]):
 
 
 def plot(arguments) -> int:
-    """Draw the validation losses of records against steps and time and, below, the history of records that reached the target."""
+    """Draw validation losses against steps and time, and the records that reached the target by date."""
     sets = {}
     for path in arguments.paths:
         groups = read_runs([path])
         for steps, runs in sorted(groups.items()):
             sets[Path(path).name + (f", {steps} steps" if len(groups) > 1 else "")] = runs
-    rows = [row for row in history_rows(Path(arguments.records)) if row["reached"]]
-    drawn, axes = figure(10, 13 if rows else 9, 3 if rows else 2)
+    records = read_records(Path(arguments.records))
+    reached = [record for record in records if record.reached and record.summary.times]
+    drawn, axes = figure(10, 13 if reached else 9, 3 if reached else 2)
     draw_curves(axes[:2], sets, arguments.target)
-    if rows:
-        draw_history(axes[2], rows)
+    if reached:
+        draw_history(axes[2], reached)
     save(drawn, Path(arguments.out))
     print(f"picture: {arguments.out}")
     return 0
 
 
-def machine_of(head: str) -> tuple[str, int]:
-    """The devices that a log of this project names, as 8×NVIDIA H100, and their number."""
-    found = re.search(r"^devices: (\d+) x (.*)$", head, re.M)
-    return (f"{found[1]}×{found[2]}", int(found[1])) if found else ("not named in the logs", 1)
+# ============================================================================================================
+# Records
+
+MARKS = ("<!-- records: written by ./run.sh record history -->", "<!-- end of records -->")
 
 
-def same_in_all(runs: list[Run]) -> tuple[str, str]:
-    """Script and head that all runs share but for seed and log folder; raises UsageError, naming the log and what differs."""
-    script, head = read_head(runs[0].path)
-    for run in runs[1:]:
-        other, other_head = read_head(run.path)
-        if other != script:
-            raise UsageError(f"{run.path}: made by another script than {runs[0].path}; a record has one (record.py diff shows how they differ)")
-        unlike = [line for line in changed_settings(settings_in(head), settings_in(other_head)) if line.split(":")[0] not in ("seed", "log_dir")]
-        if unlike:
-            raise UsageError(f"{run.path}: other settings than {runs[0].path} ({unlike[0]}); a record has one set")
-    return script, head
+@dataclass(frozen=True)
+class Record:
+    """A record as the table shows it: of a folder, or, where that is None, reported by others."""
+
+    folder: Path | None
+    date: str
+    what: str
+    machine: str
+    runs: list[Run]
+    summary: Summary
+    settings: dict[str, str]
+
+    @property
+    def reported(self) -> bool:
+        return self.folder is None
+
+    @property
+    def reached(self) -> bool:
+        """Whether it proves that the target was reached."""
+        return why_unproven(self.summary, self.settings) is None
+
+    @property
+    def age(self) -> tuple:
+        """What records are ordered by: of one day our own come later, by their last log."""
+        return self.date, not self.reported, self.runs[-1].path.name, str(self.folder)
 
 
 def off_target(settings: dict[str, str]) -> str | None:
-    """Why the validation set that a log's settings name is not the target's; None if it is, or if the log names none."""
-    if not settings or ("fineweb_val" in settings.get("val_files", "") and settings.get("val_tokens") == TARGET_TOKENS):
+    """Why a log's validation set is not the target's; None if it is, or if the log names none."""
+    files = settings.get("val_files", "")
+    tokens = settings.get("val_tokens")
+    if not settings or ("fineweb_val" in files and tokens == TARGET_TOKENS):
         return None
-    return f"its validation set, {settings.get('val_tokens')} tokens of `{settings.get('val_files')}`, is not the target's, {TARGET_TOKENS} of FineWeb"
+    return (
+        f"its validation set, {tokens} tokens of `{files}`, is not the target's, {TARGET_TOKENS} of FineWeb"
+    )
 
 
-def why_unproven(summary: dict, settings: dict[str, str]) -> str | None:
+def why_unproven(summary: Summary, settings: dict[str, str]) -> str | None:
     """Why runs do not prove that the target was reached, or None when they do."""
     if reason := off_target(settings):
         return reason
-    if summary["p"] is None:
+    if summary.p is None:
         return "one run gives no p; at least 1 more is missing"
-    if summary["p"] >= SIGNIFICANT:
-        return f"p = {summary['p']:.4f} that its mean loss, {summary['loss_mean']:.4f}, is below {summary['target']:g}; it must be under {SIGNIFICANT}"
+    if summary.p >= SIGNIFICANT:
+        return (
+            f"p = {summary.p:.4f} that its mean loss, {summary.loss_mean:.4f}, is below {summary.target:g};"
+            f" it must be under {SIGNIFICANT}"
+        )
     return None
 
 
-def newest_record(records: Path) -> str | None:
-    """The folder of the last record made here."""
-    return next((str(row["folder"]) for row in history_rows(records) if not row["reported"]), None)
+def read_record(readme: Path) -> Record | None:
+    """The record whose README.md this is; None for a folder that is no record's."""
+    folder = readme.parent
+    runs = logged_runs(folder / "logs")
+    if not runs or not re.match(r"\d{4}-\d\d-\d\d_", folder.name):
+        return None
+    _, head = read_head(runs[0].path)
+    machine, _ = machine_of(head)
+    title = read_text(readme, "a record's page").partition("\n")[0].strip("# ")
+    summary = summarize(runs, TARGET)
+    return Record(folder, folder.name[:10], title, machine, runs, summary, settings_in(head))
 
 
-def new(arguments) -> int:
-    """Make a record's folder from finished runs of one script: the script, the logs, a README.md and a picture."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", arguments.name):
-        raise UsageError(f"{arguments.name!r}: name a record by letters, digits, dots and dashes")
-    groups = read_runs(arguments.paths)
+def read_reported(path: Path) -> list[Record]:
+    """The results that others reported, from a list in JSON; raises UsageError when it cannot be read."""
+    records = []
+    try:
+        for entry in json.loads(read_text(path, "a list of reported results")):
+            times = zip(entry["losses"], entry["seconds"], strict=True)
+            runs = [Run(path, entry["steps"], loss, seconds, {}) for loss, seconds in times]
+            date.fromisoformat(entry["date"])
+            summary = summarize(runs, TARGET)
+            records.append(Record(None, entry["date"], entry["what"], entry["machine"], runs, summary, {}))
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise UsageError(f"{path}: cannot be read as a list of reported results ({error!r})") from None
+    return records
+
+
+def read_records(records: Path) -> list[Record]:
+    """Every record, newest first: claims, those in proxy/, and the results reported by others."""
+    pages = [*sorted(records.glob("*/README.md")), *sorted(records.glob("proxy/*/README.md"))]
+    found = [record for page in pages if (record := read_record(page))]
+    reported = records / "reported.json"
+    if reported.is_file():
+        found += read_reported(reported)
+    return sorted(found, key=lambda record: record.age, reverse=True)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a new record's page is written from: its runs, and what they share and show."""
+
+    runs: list[Run]
+    script: str
+    head: str
+    summary: Summary
+    doubt: str | None  # why nothing is proven
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return settings_in(self.head)
+
+
+def draft_record(paths: list[str]) -> Draft:
+    """What logs of finished runs give for a record; raises UsageError if they do not belong together."""
+    groups = read_runs(paths)
     if len(groups) > 1:
         raise UsageError("a record has runs of one length; name the logs of one length")
     (runs,) = groups.values()
     script, head = same_in_all(runs)
-    settings, summary = settings_in(head), summarize(runs, TARGET)
-    doubt = why_unproven(summary, settings)
-    if doubt and not arguments.unproven:
-        raise UsageError(f"nothing is proven: {doubt}; make more runs, or keep them with --unproven")
-    folder = Path(arguments.records) / f"{time.strftime('%Y-%m-%d', time.gmtime())}_{arguments.name}"
-    against = arguments.against or newest_record(Path(arguments.records))
-    changes = script_of(against) if against else None
+    name, count = Counter(run.path.name for run in runs).most_common(1)[0]
+    if count > 1:
+        raise UsageError(
+            f"{count} logs are named {name}; rename them, since a record keeps them in one folder"
+        )
+    if not script:
+        raise UsageError(f"{runs[0].path}: holds no script; a record needs logs that begin with theirs")
+    summary = summarize(runs, TARGET)
+    return Draft(runs, script, head, summary, why_unproven(summary, settings_in(head)))
+
+
+def new(arguments) -> int:
+    """Make a record's folder from finished runs of one script: the script, the logs, a page and a picture."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", arguments.name):
+        raise UsageError(f"{arguments.name!r}: name a record by letters, digits, dots and dashes")
+    draft = draft_record(arguments.paths)
+    if draft.doubt and not arguments.unproven:
+        raise UsageError(f"nothing is proven: {draft.doubt}; make more runs, or keep them with --unproven")
+    records = Path(arguments.records)
+    against = arguments.against or newest_record(records)
+    before = script_of(against) if against else None
+    name = f"{time.strftime('%Y-%m-%d', time.gmtime())}_{arguments.name}"
+    folder = (records / "proxy" if draft.doubt else records) / name
     try:
         (folder / "logs").mkdir(parents=True)
     except FileExistsError:
         raise UsageError(f"{folder}: exists already; give another name, or remove it") from None
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made ({error.strerror})") from None
-    (folder / "train_gpt.py").write_text(script.rstrip("\n") + "\n")
-    for run in runs:
-        shutil.copy(run.path, folder / "logs")
+    keep_runs(draft, folder)
     drawn, axes = figure(10, 9, 2)
-    draw_curves(axes, {arguments.name: runs}, None if off_target(settings) else TARGET)
+    draw_curves(axes, {arguments.name: draft.runs}, None if off_target(draft.settings) else TARGET)
     save(drawn, folder / "curves.png")
-    (folder / "README.md").write_text(describe_record(arguments, folder, runs, script, head, summary, doubt, against, changes))
+    shown = os.path.relpath(folder, records / "..")
+    parts = [
+        f"# {arguments.what or arguments.name}",
+        *describe_result(draft),
+        arguments.note,
+        "![validation loss against steps and time](curves.png)",
+        *describe_rerun(draft, shown),
+        *describe_change(draft, shown, against, before),
+        *describe_statistics(draft),
+    ]
+    (folder / "README.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     print(f"record: {folder}")
     return 0
 
 
-def describe_record(arguments, folder: Path, runs: list[Run], script: str, head: str, summary: dict, doubt: str | None, against, changes) -> str:
-    """The README.md of a record."""
-    settings, (machine, processes) = settings_in(head), machine_of(head)
-    versions = re.search(r"^PyTorch .*$", head, re.M)
-    flags = [flag for flag in arguments_in(head) or [] if not flag.startswith("--seed")]
-    rerun = [*(["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]), f"records/{folder.name}/train_gpt.py"]
-    spent = f", {summary['time_mean']:.3f} ± {number(summary['time_std'], 3)} s, {summary['step_avg_ms']:.2f} ms a step" if summary["times"] else ""
-    result = f"{summary['runs']} runs of {summary['steps']} steps on {machine}: validation loss {summary['loss_mean']:.4f} ± {number(summary['loss_std'])}{spent}."
-    claim = f"This is **no claim to the target**: {doubt}." if doubt else f"The mean loss is below {TARGET:g} (one-sided t-test, p = {summary['p']:.4f})."
-    data = f"Trained on `{settings['train_files']}`, validated on {settings['val_tokens']} tokens of `{settings['val_files']}`." if settings else ""
-    parts = [f"# {arguments.what or arguments.name}", "## Result", result, *filter(None, [claim, data, arguments.note])]
-    parts += ["![validation loss against steps and time](curves.png)", "## Run it again", "From the project's folder, with a `--seed` of your own:"]
-    parts += [f"```\n{shlex.join([*rerun, *flags])}\n```", "## What changed"]
-    if changes is None:
-        parts.append("This is the first record here, so it is compared with none.")
+def newest_record(records: Path) -> str | None:
+    """The folder of the last record made here."""
+    return next((str(record.folder) for record in read_records(records) if not record.reported), None)
+
+
+def keep_runs(draft: Draft, folder: Path):
+    """Write the script once, and the logs with a line that names it in the place of its source."""
+    script = (draft.script + "\n").encode()
+    (folder / SCRIPT_NAME).write_bytes(script)
+    for run in draft.runs:
+        (folder / "logs" / run.path.name).write_bytes(archive(run.path.read_bytes(), script))
+
+
+def describe_result(draft: Draft) -> list[str]:
+    """The paragraphs on what the runs reached, what that proves, and on which data."""
+    s = draft.summary
+    machine, _ = machine_of(draft.head)
+    spent = ""
+    if s.times:
+        spent = f", {s.time_mean:.3f} ± {number(s.time_std, 3)} s, {s.step_avg_ms:.2f} ms a step"
+    loss = f"validation loss {s.loss_mean:.4f} ± {number(s.loss_std)}"
+    parts = ["## Result", f"{s.runs} runs of {s.steps} steps on {machine}: {loss}{spent}."]
+    if draft.doubt:
+        parts.append(f"This is **no claim to the target**: {draft.doubt}.")
     else:
-        name = os.path.relpath(against, ROOT) if Path(against).is_relative_to(ROOT) else against
-        lines = [f"- `{line}`" for line in changed_settings(changes[1], settings) if line.split(":")[0] not in ("seed", "log_dir")]
-        parts += [f"Against `{name}`: {summarize_diff(changes[0], script)}. All of it: `./run.sh record diff {name} records/{folder.name}`."]
-        parts += ["\n".join(["Settings:", *lines])] if lines else []
+        parts.append(f"The mean loss is below {TARGET:g} (one-sided t-test, p = {s.p:.4f}).")
+    if named := draft.settings:
+        files = (named.get("train_files"), named.get("val_tokens"), named.get("val_files"))
+        parts.append("Trained on `{}`, validated on {} tokens of `{}`.".format(*files))
+    return parts
+
+
+def describe_rerun(draft: Draft, shown: str) -> list[str]:
+    """The paragraphs with the command that runs the record again."""
+    _, processes = machine_of(draft.head)
+    start = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
+    flags = [flag for flag in arguments_in(draft.head) or [] if not flag.startswith("--seed")]
+    command = shlex.join([*start, f"{shown}/{SCRIPT_NAME}", *flags])
+    text = "From the project's folder, with a `--seed` of your own:"
+    return ["## Run it again", text, f"```\n{command}\n```"]
+
+
+def describe_change(draft: Draft, shown: str, against: str | None, before: tuple | None) -> list[str]:
+    """The paragraphs on what changed since another record, given its name, its script and its settings."""
+    if before is None:
+        return ["## What changed", "This is the first record here, so it is compared with none."]
+    script, settings = before
+    name = os.path.relpath(against, ROOT) if Path(against).is_relative_to(ROOT) else against
+    changes = f"Against `{name}`: {summarize_diff(script, draft.script)}."
+    parts = ["## What changed", f"{changes} All of it: `./run.sh record diff {name} {shown}`."]
+    if lines := changed_experiment(settings, draft.settings):
+        parts.append("\n".join(["Settings:", "", *(f"- `{line}`" for line in lines)]))
+    return parts
+
+
+def describe_statistics(draft: Draft) -> list[str]:
+    """The paragraphs with the figures of the runs and of their machine."""
     rows = [["log", "seed", "loss", "time s"]]
-    rows += [[run.path.name, settings_in(read_head(run.path)[1]).get("seed", "-"), number(run.loss), number(run.seconds, 3)] for run in runs]
-    parts += ["## Statistics", markdown(stats_rows([summary])), markdown(rows), "## Machine", f"{machine}. {versions[0] if versions else ''}".strip()]
-    figures = calibration_of(runs)
-    parts.append(markdown([list(figures), [f"{value:.4g}" for value in figures.values()]]) if figures else "The logs hold no calibration.")
-    return "\n\n".join(parts) + "\n"
+    for run in draft.runs:
+        _, head = read_head(run.path)
+        seed = settings_in(head).get("seed", "-")
+        rows.append([run.path.name, seed, number(run.loss), number(run.seconds, 3)])
+    parts = ["## Statistics", markdown(stats_rows([draft.summary])), markdown(rows)]
+    machine, _ = machine_of(draft.head)
+    versions = re.search(r"^PyTorch .*$", draft.head, re.M)
+    parts += ["## Machine", f"{machine}. {versions[0] if versions else ''}".strip()]
+    figures = calibration_of(draft.runs)
+    if figures:
+        parts.append(markdown([list(figures), [f"{value:.4g}" for value in figures.values()]]))
+    else:
+        parts.append("The logs hold no calibration.")
+    return parts
 
 
-def history_rows(records: Path) -> list[dict]:
-    """Every record, newest first: those in the folders, of one day by their last log, and the results reported by others in reported.json."""
-    rows = []
-    for readme in sorted(records.glob("*/README.md")):
-        logs = [run for log in sorted((readme.parent / "logs").glob("*.txt")) if isinstance(run := read_run(log), Run)]
-        if not logs or not re.match(r"\d{4}-\d\d-\d\d_", readme.parent.name):
+def history_row(record: Record, folder: Path) -> list[str]:
+    """A record's row of the table, with a link from a folder."""
+    s = record.summary
+    figures = [
+        f"{name.split()[0]} {value:.4g} {name.split()[1]}"
+        for name, value in calibration_of(record.runs).items()
+        if is_judged(name)
+    ]
+    source = "reported by others"
+    if not record.reported:
+        source = f"[{record.folder.name}]({os.path.relpath(record.folder, folder)})"
+    return [
+        record.date,
+        record.what,
+        record.machine,
+        str(s.steps or "-"),
+        f"{number(s.time_mean, 2)} ± {number(s.time_std, 2)}",
+        f"{s.loss_mean:.4f} ± {number(s.loss_std)}, {s.runs} runs",
+        number(s.p) if record.reached else "no claim",
+        ", ".join(figures) or "-",
+        source,
+    ]
+
+
+def machine_notes(records: list[Record]) -> list[str]:
+    """A line for each record whose machine is not as fast as that of the record before it.
+
+    The record before it is the last with the same kind and number of devices.
+    """
+    notes = []
+    newest = {}
+    for record in reversed(records):
+        if not calibration_of(record.runs):
             continue
-        head = read_head(logs[0].path)[1]
-        rows.append(dict(folder=readme.parent, date=readme.parent.name[:10], what=readme.read_text().splitlines()[0].strip("# "), runs=logs,
-                         machine=machine_of(head)[0], summary=summarize(logs, TARGET), settings=settings_in(head), reported=False))  # fmt: skip
-    if (path := records / "reported.json").is_file():
-        for entry in json.loads(path.read_text()):
-            times = zip(entry["losses"], entry["seconds"], strict=True)
-            runs = [Run(path, entry["steps"], loss, seconds, {}) for loss, seconds in times]
-            rows.append(dict(folder=None, date=entry["date"], what=entry["what"], runs=runs, machine=entry["machine"],
-                             summary=summarize(runs, TARGET), settings={}, reported=True))  # fmt: skip
-    for row in rows:
-        row["seconds"], row["reached"] = row["summary"]["time_mean"], why_unproven(row["summary"], row["settings"]) is None
-    return sorted(rows, key=lambda row: (row["date"], row["folder"] is not None, row["runs"][-1].path.name, str(row["folder"])), reverse=True)
+        before = newest.get(record.machine)
+        newest[record.machine] = record
+        if before and (differences := machine_differences(before.runs, record.runs)):
+            notes.append(
+                f"The machines of {before.folder.name} and {record.folder.name} differ by more than 1 %:"
+                f" {', '.join(differences)}."
+            )
+    return notes[::-1]
 
 
 def history(arguments) -> int:
-    """Write the table of records between its two marks in README.md."""
-    readme, marks = Path(arguments.readme), ("<!-- records: written by ./run.sh record history -->", "<!-- end of records -->")
-    try:
-        text = readme.read_text()
-    except OSError as error:
-        raise UsageError(f"{readme}: cannot be read ({error.strerror})") from None
-    if text.count(marks[0]) != 1 or text.count(marks[1]) != 1 or text.index(marks[0]) > text.index(marks[1]):
-        raise UsageError(f"{readme}: the table's place is not marked; put the lines {marks[0]} and {marks[1]} there, once each")
-    rows = history_rows(Path(arguments.records))
-    table = [["date", "what", "machine", "steps", "time s", "validation loss", f"p (< {TARGET:g})", "calibration", "source"]]
-    for row in rows:
-        s, figures = row["summary"], calibration_of(row["runs"])
-        shown = ", ".join(f"{name.split()[0]} {value:.4g} {name.split()[1]}" for name, value in figures.items() if any(part in name for part in JUDGED))
-        proof = number(s["p"]) if row["reached"] else "no claim"
-        loss = f"{s['loss_mean']:.4f} ± {number(s['loss_std'])}, {s['runs']} runs"
-        seconds = f"{number(s['time_mean'], 2)} ± {number(s['time_std'], 2)}"
-        source = "reported by others" if row["reported"] else f"[{row['folder'].name}]({os.path.relpath(row['folder'], readme.parent)})"
-        table.append([row["date"], row["what"], row["machine"], str(s["steps"] or "-"), seconds, loss, proof, shown or "-", source])
-    notes, calibrated = [], [row for row in rows if calibration_of(row["runs"])]
-    for newer, older in zip(calibrated, calibrated[1:], strict=False):
-        differences = machine_differences(calibration_of(older["runs"]), calibration_of(newer["runs"]))
-        if newer["machine"] == older["machine"] and differences:
-            notes.append(f"The machines of {older['folder'].name} and {newer['folder'].name} differ by more than 1 %: {', '.join(differences)}.")
-    before, after = text[: text.index(marks[0])], text[text.index(marks[1]) :]
-    readme.write_text("\n".join([f"{before}{marks[0]}", markdown(table), *(["", *notes] if notes else []), after]))
-    print(f"{readme}: {len(rows)} records")
+    """Write the table of records between its two marks in records/README.md."""
+    records = Path(arguments.records)
+    page = Path(arguments.readme or records / "README.md")
+    text = read_text(page, "the page with the table")
+    begin, end = MARKS
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UsageError(
+            f"{page}: the table's place is not marked; put the lines {begin} and {end} there, once each"
+        )
+    found = read_records(records)
+    head = ["date", "what", "machine", "steps", "time s", "validation loss"]
+    table = [[*head, f"p (< {TARGET:g})", "calibration", "source"]]
+    table += [history_row(record, page.parent) for record in found]
+    notes = machine_notes(found)
+    before = text[: text.index(begin)] + begin
+    after = text[text.index(end) :]
+    page.write_text("\n".join([before, markdown(table), *(["", *notes] if notes else []), after]))
+    print(f"{page}: {len(found)} records")
     return 0
+
+
+# ============================================================================================================
+# Profiles
+
+GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace
+CPU_EVENTS = ("cpu_op",)
+LONGEST = 30  # kernels that are listed
+
+# The parts of a step, and what is in the names of their kernels (on a CPU, operators); the first that fits
+# counts. train_gpt.py's own kernels begin with _, the compiler's with triton_, cuBLAS' with nvjet.
+PARTS = {
+    "fused by the compiler": r"^triton_",
+    "communication": r"nccl|gloo|c10d",
+    "attention": r"attention|^_\w*(heads|qkv)",
+    "loss": r"^_\w*loss|log_softmax|nll",
+    "embeddings": r"scatter_add|index_add|embedding",
+    "products": r"^_\w*mlp|nvjet|gemm|cutlass|cublas|splitK|mm$",
+    "mixing and norms": r"^_\w*(mix|norm(?!uon))|rms_norm",
+    "copies": r"Memcpy|Memset|copy_",
+    "other": r"",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A kernel or an operator of a trace: its name, where it ran, and its begin and end in µs."""
+
+    name: str
+    thread: str
+    begin: float
+    end: float
+
+    @property
+    def length(self) -> float:
+        return self.end - self.begin
+
+
+def part_of(name: str) -> str:
+    """The part of a step that a kernel, or on a CPU an operator, belongs to."""
+    return next(part for part, pattern in PARTS.items() if re.search(pattern, name))
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total = 0.0
+    end = -math.inf
+    for low, high in sorted(spans):
+        total += max(0.0, high - max(low, end))
+        end = max(end, high)
+    return total
+
+
+def own_times(spans: list[Span]) -> list[float]:
+    """The length of each span without those that lie in it on its thread, in µs."""
+    times = [span.length for span in spans]
+    around = {}  # of each thread the spans that have begun and not ended, outermost first
+    for i in sorted(range(len(spans)), key=lambda i: (spans[i].begin, -spans[i].end)):
+        stack = around.setdefault(spans[i].thread, [])
+        while stack and spans[stack[-1]].end <= spans[i].begin:
+            stack.pop()
+        if stack:
+            times[stack[-1]] -= spans[i].length
+        stack.append(i)
+    return times
+
+
+def read_trace(path: Path) -> tuple[list[Span], bool]:
+    """The kernels of a Chrome trace, or a CPU's operators where it has none; and whether they are a GPU's.
+
+    Raises UsageError for a file that is no such trace.
+    """
+    try:
+        data = path.read_bytes()
+        trace = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+        events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror or error}); a log's trace lies beside it"
+        ) from None
+    except (EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UsageError(
+            f"{path}: not a trace of torch.profiler; name a log of a run with --profile"
+        ) from None
+    for kinds in (GPU_EVENTS, CPU_EVENTS):
+        if found := [event for event in events if event.get("cat") in kinds]:
+            return [read_span(event, path) for event in found], kinds is GPU_EVENTS
+    raise UsageError(f"{path}: holds no kernel and no operator, so nothing was profiled")
+
+
+def read_span(event: dict, path: Path) -> Span:
+    """An event of a trace as a span; raises UsageError when it has no name or times."""
+    try:
+        begin = float(event["ts"])
+        thread = f"{event.get('pid')} {event.get('tid')}"
+        return Span(str(event["name"]), thread, begin, begin + float(event["dur"]))
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"{path}: an event of the trace has no name, ts or dur; profile again") from None
+
+
+def profiled_steps(log: Path) -> int:
+    """How many steps a log's run profiled; raises UsageError for none."""
+    try:
+        data = log.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{log}: cannot be read ({error.strerror}); name a log or its trace") from None
+    _, start = script_span(data)
+    found = PROFILED.findall(data, start)
+    if not found:
+        raise UsageError(
+            f"{log}: its run had no --profile=FROM:TO, or it is not a log; name another, or a trace"
+        )
+    first, last = map(int, found[-1])
+    return last - first + 1
+
+
+def profile_report(spans: list[Span], on_gpu: bool, steps: int) -> list[str]:
+    """The lines of a profile: time a step by part, communication that is not hidden, the longest kernels."""
+    times = [span.length for span in spans] if on_gpu else own_times(spans)
+    parts = dict.fromkeys(PARTS, 0.0)
+    kernels = {}
+    for span, spent in zip(spans, times, strict=True):
+        parts[part_of(span.name)] += spent
+        kernels.setdefault(span.name, []).append(spent)
+    a_step = 1000 * steps  # from µs to ms a step
+    lines = [f"{part} {spent / a_step:.2f} ms a step" for part, spent in parts.items() if spent]
+    if on_gpu:
+        computing = covered([(s.begin, s.end) for s in spans if part_of(s.name) != "communication"])
+        bare_time = covered([(s.begin, s.end) for s in spans]) - computing
+        lines.append(
+            f"computing {computing / a_step:.2f} ms a step, communication not hidden"
+            f" {bare_time / a_step:.2f} ms"
+        )
+    longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:LONGEST]
+    for name, spent in longest:
+        calls = f"{len(spent) / steps:7.1f} calls a step"
+        lines.append(f"{sum(spent) / a_step:9.3f} ms {calls}  {name[:120]}")
+    return lines
+
+
+def profile(arguments) -> int:
+    """Print where the time of profiled steps went: ms a step by part, then the longest kernels.
+
+    The log is that of a run with --profile=FROM:TO, whose trace lies beside it; a trace alone needs --steps.
+    On a GPU kernels count, and on a CPU operators without what they call.
+    """
+    path = Path(arguments.log)
+    if arguments.steps is not None and arguments.steps < 1:
+        raise UsageError(f"--steps={arguments.steps}: give the number of steps in the trace, at least 1")
+    if path.name.endswith((".json", ".json.gz")):
+        if arguments.steps is None:
+            raise UsageError(
+                f"{path}: a trace does not say how many steps it holds; give --steps=N, or name its log"
+            )
+        trace = path
+        steps = arguments.steps
+    else:
+        trace = path.with_suffix(".trace.json.gz")
+        steps = arguments.steps or profiled_steps(path)
+    spans, on_gpu = read_trace(trace)
+    print(f"trace: {trace}, {steps} step{'s' * (steps > 1)}")
+    print("\n".join(profile_report(spans, on_gpu, steps)))
+    return 0
+
+
+# ============================================================================================================
+# Command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -757,52 +1381,86 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists what there is)")
 
 
+def add_command(commands, function, text: str, *positional: str) -> Parser:
+    """Add a function as a command of its name, with a line for --help and its positional arguments."""
+    command = commands.add_parser(
+        function.__name__, help=text, description=function.__doc__, allow_abbrev=False
+    )
+    for name in positional:
+        if name == "paths":
+            command.add_argument(name, nargs="+", metavar="LOG|DIR")
+        else:
+            command.add_argument(name, metavar=name.upper())
+    command.set_defaults(run=function)
+    return command
+
+
+def add_reading(commands):
+    """Add the commands that read logs."""
+    command = add_command(commands, stats, "final losses, times and p of runs", "paths")
+    text = f"loss that the mean is tested against [{TARGET}]"
+    command.add_argument("--target", type=float, default=TARGET, help=text)
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    add_command(commands, compare, "is B faster than A at equal loss?", "a", "b")
+    add_command(commands, diff, "what changed from A's script to B's", "a", "b")
+    command = add_command(commands, plot, "draw losses against steps and time, and the history", "paths")
+    command.add_argument("-o", "--out", required=True, help="the picture, .png or .svg")
+    text = f"loss that is drawn as a line [{TARGET}]"
+    command.add_argument("--target", type=float, default=TARGET, help=text)
+    command.add_argument("--records", default=str(RECORDS), help="folder of the history [records]")
+    command = add_command(commands, profile, "where the time of profiled steps went", "log")
+    text = "steps in the trace, where it is named without its log"
+    command.add_argument("--steps", type=int, default=None, help=text)
+
+
+def add_running(commands):
+    """Add the commands that make runs; flags that they do not know go to the script."""
+    text = "run two scripts alternately on this machine, then compare; other flags go to both"
+    command = add_command(commands, race, text, "a", "b")
+    command.add_argument("--runs", type=int, default=10, help="runs of each script [10]")
+    command.add_argument("--out", default="logs/race", help="folder of the logs [logs/race]")
+    text = "seed of the first run; the next ones count up [1]"
+    command.add_argument("--seed", type=int, default=1, help=text)
+    command.add_argument("--nproc", type=int, default=0, help="processes [all GPUs, or 1]")
+    text = "run a list of settings and rank their losses; other flags go to all"
+    command = add_command(commands, sweep, text, "file")
+    text = f"script that the settings and patches are for [{SCRIPT_NAME}]"
+    command.add_argument("--script", default=str(ROOT / SCRIPT_NAME), help=text)
+    command.add_argument("--out", default=None, help="folder of the results [logs/sweep-FILE]")
+    command.add_argument("--nproc", type=int, default=0, help="processes [all GPUs, or 1]")
+
+
+def add_keeping(commands):
+    """Add the commands that keep records."""
+    command = add_command(commands, new, "make a record's folder from finished runs", "name", "paths")
+    text = "log, script or folder that it is compared with [the newest record]"
+    command.add_argument("--against", default=None, metavar="RECORD", help=text)
+    text = "its title, as the table of records shows it [NAME]"
+    command.add_argument("--what", default="", help=text)
+    text = "what else a reader must know, such as the limits of the claim"
+    command.add_argument("--note", default="", help=text)
+    text = "keep it in records/proxy/ although it does not prove the target"
+    command.add_argument("--unproven", action="store_true", help=text)
+    command.add_argument("--records", default=str(RECORDS), help="folder of the records [records]")
+    command = add_command(commands, history, "write the table of records in records/README.md")
+    command.add_argument("--records", default=str(RECORDS), help="folder of the records [records]")
+    text = "the page with the table [README.md in the folder of the records]"
+    command.add_argument("--readme", default=None, help=text)
+
+
 def parser() -> Parser:
     """The command line."""
     root = Parser(prog="record.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(function, text: str, *positional: str) -> Parser:
-        command = commands.add_parser(function.__name__, help=text, description=function.__doc__, allow_abbrev=False)
-        for name in positional:
-            many = dict(nargs="+", metavar="LOG|DIR") if name == "paths" else dict(metavar=name.upper())
-            command.add_argument(name, **many)
-        command.set_defaults(run=function)
-        return command
-
-    command = add(stats, "final losses, times and p of runs", "paths")
-    command.add_argument("--target", type=float, default=TARGET, help=f"loss that the mean is tested against [{TARGET}]")
-    command.add_argument("--json", action="store_true", help="as JSON")
-    command.add_argument("--markdown", action="store_true", help="as a Markdown table")
-    add(compare, "is B faster than A at equal loss?", "a", "b")
-    add(diff, "what changed from A's script to B's", "a", "b")
-    command = add(race, "run two scripts alternately on this machine, then compare; other flags go to both", "a", "b")
-    command.add_argument("--runs", type=int, default=10, help="runs of each script [10]")
-    command.add_argument("--out", default="logs/race", help="folder of the logs [logs/race]")
-    command.add_argument("--seed", type=int, default=1, help="seed of the first run; the next ones count up [1]")
-    command.add_argument("--nproc", type=int, default=0, help="processes [all GPUs, or 1]")
-    command = add(sweep, "run a list of settings and rank their losses; other flags go to all", "file")
-    command.add_argument("--script", default=str(ROOT / "train_gpt.py"), help="script that the settings and patches are for [train_gpt.py]")
-    command.add_argument("--out", default=None, help="folder of the results [logs/sweep-FILE]")
-    command.add_argument("--nproc", type=int, default=0, help="processes [all GPUs, or 1]")
-    command = add(plot, "draw losses against steps and time, and the history", "paths")
-    command.add_argument("-o", "--out", required=True, help="the picture, .png or .svg")
-    command.add_argument("--target", type=float, default=TARGET, help=f"loss that is drawn as a line [{TARGET}]")
-    command.add_argument("--records", default=str(RECORDS), help="folder of the history [records]")
-    command = add(new, "make a record's folder from finished runs", "name", "paths")
-    command.add_argument("--against", default=None, metavar="RECORD", help="log, script or folder that it is compared with [the newest record]")
-    command.add_argument("--what", default="", help="its title, as the table of records shows it [NAME]")
-    command.add_argument("--note", default="", help="what else a reader must know, such as the limits of the claim")
-    command.add_argument("--unproven", action="store_true", help="keep it although it does not prove the target")
-    command.add_argument("--records", default=str(RECORDS), help="folder of the records [records]")
-    command = add(history, "rewrite the table of records in README.md")
-    command.add_argument("--records", default=str(RECORDS), help="folder of the records [records]")
-    command.add_argument("--readme", default=str(ROOT / "README.md"), help="the file with the table [README.md]")
+    add_reading(commands)
+    add_running(commands)
+    add_keeping(commands)
     return root
 
 
 def main() -> int:
-    """Run a subcommand; returns its exit code. A user's mistake ends in one line and the code 2."""
+    """Run a command; returns its exit code. A user's mistake ends in one line and the code 2."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe
     try:
         arguments, flags = parser().parse_known_args()
