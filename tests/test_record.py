@@ -1,8 +1,11 @@
 """The record tool on the published numbers, as logs, and on what else lies in folders of logs."""
 
+import gzip
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from shards import tiny_flags
 from test_main import ENVIRONMENT
 
-TOOL = Path(__file__).parent.parent / "records" / "record.py"
+ROOT = Path(__file__).parent.parent
+TOOL = ROOT / "records" / "record.py"
+sys.path.insert(0, str(TOOL.parent))
+import record  # noqa: E402
+
 LINE = "=" * 100
 
 SEED1 = [3.278, 3.2777, 3.2799, 3.2783, 3.2784, 3.28, 3.2787, 3.278, 3.2797, 3.2804]
@@ -23,32 +31,57 @@ NEW_MS = [163078, 163129, 163029, 163141, 162534, 163100, 163046, 163144, 162926
 PRIOR = [3.2784, 3.2778, 3.2766, 3.2771, 3.2764, 3.2768, 3.276, 3.279, 3.2747, 3.2772]
 PRIOR_MS = [164443, 164403, 164348, 164370, 164817, 164833, 164301, 164459, 164244, 164306]
 
+CALIBRATION = "calibration rank 0: bfloat16_gemm={}TFLOP/s copy=4270GB/s launch=3.9us power_limit=700.00W"
+VAL_FILES = "val_files=data/fineweb10B/fineweb_val_*.bin"
+TASK = f"{VAL_FILES}\nval_tokens=10485760\ntrain_files=data/fineweb10B/fineweb_train_*.bin"
+
 
 def write_runs(folder, losses, milliseconds, steps=2225, script="import torch\nprint(1)", settings=""):
     """Logs in this project's format, as far as tools read it."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, (loss, ms) in enumerate(zip(losses, milliseconds, strict=True)):
-        lines = [script, LINE, "Python 3", settings, LINE, f"step:0/{steps} val_loss:10.8258 train_time:0ms step_avg:0.04ms"]
-        lines += [f"step:1/{steps} train_time:61ms step_avg:61.00ms", f"step:{steps}/{steps} val_loss:{loss} train_time:{ms}ms step_avg:60.70ms"]
-        (folder / f"{i}.txt").write_text("\n".join([*lines, "peak memory allocated: 29250 MiB reserved: 47336 MiB", ""]))
+        lines = [script, LINE, "Python 3", settings, LINE]
+        lines.append(f"step:0/{steps} val_loss:10.8258 train_time:0ms step_avg:0.04ms")
+        lines.append(f"step:1/{steps} train_time:61ms step_avg:61.00ms")
+        lines.append(f"step:{steps}/{steps} val_loss:{loss} train_time:{ms}ms step_avg:60.70ms")
+        lines.append("peak memory allocated: 29250 MiB reserved: 47336 MiB")
+        (folder / f"{i}.txt").write_text("\n".join(lines) + "\n")
     return folder
 
 
-def tool(*arguments):
-    done = subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=60)
+def tool(*arguments, **options):
+    """What the tool printed and its exit code; it never ends in a traceback."""
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def refused(*arguments, says):
+    """The tool ends in one line that says so, with the code of a user's mistake."""
+    done = tool(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("record.py: ") and says in line, line
+
+
+def succeeded(*arguments):
+    """What the tool printed when nothing went wrong."""
+    done = tool(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_stats_on_the_published_numbers(tmp_path):
     write_runs(tmp_path / "seed1", SEED1, SEED1_MS)
     (found,) = json.loads(tool("stats", tmp_path / "seed1", "--json").stdout)
-    rounded = {name: round(found[name], 4) for name in ("loss_mean", "loss_std", "p", "time_mean", "time_std")}
-    assert rounded == dict(loss_mean=3.2789, loss_std=0.0010, p=0.0034, time_mean=134.9418, time_std=0.1008)
+    wanted = dict(loss_mean=3.2789, loss_std=0.0010, p=0.0034, time_mean=134.9418, time_std=0.1008)
+    assert {name: round(found[name], 4) for name in wanted} == wanted
     assert found["runs"] == 10 and found["step_avg_ms"] == pytest.approx(60.648, abs=1e-3)
     table = tool("stats", tmp_path / "seed1").stdout
     assert re.search(r"2225 +10 +3\.2789 +0\.0010 +0\.0034 +134\.9418 +0\.1008 +60\.65", table)
-    assert "| 2225 | 10 | 3.2789 | 0.0010 | 0.0034 | 134.9418 | 0.1008 | 60.65 |" in tool("stats", tmp_path / "seed1", "--markdown").stdout
+    table = tool("stats", tmp_path / "seed1", "--markdown").stdout
+    assert "| 2225 | 10 | 3.2789 | 0.0010 | 0.0034 | 134.9418 | 0.1008 | 60.65 |" in table
 
 
 def test_target(tmp_path):
@@ -58,28 +91,43 @@ def test_target(tmp_path):
 
 
 def test_compare_on_the_published_numbers(tmp_path):
-    prior, new = write_runs(tmp_path / "prior", PRIOR, PRIOR_MS), write_runs(tmp_path / "new", NEW, NEW_MS)
+    prior = write_runs(tmp_path / "prior", PRIOR, PRIOR_MS)
+    new = write_runs(tmp_path / "new", NEW, NEW_MS)
     text = tool("compare", prior, new).stdout
-    assert "A: 10 runs of 2225 steps" in text and "(p 0.0000), 164.4524" in text and "(p 0.0003), 163.0351" in text
+    for part in ("A: 10 runs of 2225 steps", "(p 0.0000), 164.4524", "(p 0.0003), 163.0351"):
+        assert part in text
     assert re.search(r"times, B - A: -1\.4173 s, 95 % interval -1\.6\d+ to -1\.2\d+, Welch p 0\.0000", text)
     assert "B is faster (-1.4173 s)" in text
     assert "B is slower (+1.4173 s)" in tool("compare", new, prior).stdout
-    assert "Neither is shown to be faster (+0.0000 s), and no difference in loss is shown." in tool("compare", new, new).stdout
+    text = tool("compare", new, new).stdout
+    assert "Neither is shown to be faster (+0.0000 s), and no difference in loss is shown." in text
+
+
+def test_compare_names_the_better_loss(tmp_path):
+    low = write_runs(tmp_path / "low", [3.270, 3.271, 3.272], [9000, 9001, 9002])
+    high = write_runs(tmp_path / "high", [3.290, 3.291, 3.292], [9000, 9001, 9002])
+    assert "and its loss is worse." in tool("compare", low, high).stdout
+    assert "and its loss is better." in tool("compare", high, low).stdout
 
 
 def test_public_logs(tmp_path):
     """A separator before the script, several separators, other names, a nested folder, the oldest format."""
-    steps = "step:0/9 val_loss:10.8 train_time:0ms step_avg:nanms\nstep:9/9 val_loss:3.27 train_time:900ms step_avg:100.00ms\n"
+    steps = "step:0/9 val_loss:10.8 train_time:0ms step_avg:nanms\n"
+    steps += "step:9/9 val_loss:3.27 train_time:900ms step_avg:100.00ms\n"
+    quoted = "import os\n'''\nstep:5/9 val_loss:1.0 train_time:1ms step_avg:1.00ms\n'''\n"
+    old = "s:0 tel:10.9\ns:0 trl:10.9 lr:1e-3 norm:1\ns:8 trl:3.3 lr:1e-3 norm:1\ns:9 tel:3.29\n"
     (tmp_path / "nested").mkdir()
     (tmp_path / "a.txt").write_text(f"{LINE}\nimport os\n{LINE}\nRunning python\n{LINE}\n{steps}{LINE}\n")
-    (tmp_path / "nested" / "b.log").write_text(f"import os\n'''\nstep:5/9 val_loss:1.0 train_time:1ms step_avg:1.00ms\n'''\n{LINE}\n{steps}")
-    (tmp_path / "old.log").write_text("s:0 tel:10.9\ns:0 trl:10.9 lr:1e-3 norm:1\ns:8 trl:3.3 lr:1e-3 norm:1\ns:9 tel:3.29\n")
+    (tmp_path / "nested" / "b.log").write_text(f"{quoted}{LINE}\n{steps}")
+    (tmp_path / "old.log").write_text(old)
     (tmp_path / "notes.txt").write_text("it went well\n")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 100)
     done = tool("stats", tmp_path, "--json")
     (found,) = json.loads(done.stdout)
     assert sorted(found["losses"]) == [3.27, 3.27, 3.29] and found["times"] == [0.9, 0.9]
-    assert f"left out: {tmp_path}/notes.txt: not a log" in done.stderr and f"{tmp_path}/binary.txt: not a log" in done.stderr
+    for name in ("notes.txt", "binary.txt"):
+        assert f"left out: {tmp_path}/{name}: not a log" in done.stderr
+    refused("new", "a", tmp_path / "old.log", "--unproven", f"--records={tmp_path}", says="holds no script")
 
 
 def test_unfinished_and_not_finite_runs_are_left_out_by_name(tmp_path):
@@ -91,7 +139,13 @@ def test_unfinished_and_not_finite_runs_are_left_out_by_name(tmp_path):
     (tmp_path / "5.txt").write_text("s:0 tel:10.9\ns:1 trl:10.8 lr:1 norm:1\n")
     done = tool("stats", tmp_path, "--json")
     assert json.loads(done.stdout)[0]["losses"] == [3.27, 3.28]
-    for line in ("2.txt: its final loss is nan", "3.txt: unfinished, cut off after step 0 of 2225", "4.txt: unfinished, cut off before", "5.txt: unfinished", "6.txt: unfinished, cut off before its first step"):
+    for line in (
+        "2.txt: its final loss is nan",
+        "3.txt: unfinished, cut off after step 0 of 2225",
+        "4.txt: unfinished, cut off before",
+        "5.txt: unfinished",
+        "6.txt: unfinished, cut off before its first step",
+    ):
         assert line in done.stderr
 
 
@@ -99,8 +153,9 @@ def test_different_lengths_are_kept_apart(tmp_path):
     write_runs(tmp_path / "a", [3.27, 3.28], [1, 2])
     write_runs(tmp_path / "b", [3.3], [1], steps=1705)
     done = tool("stats", tmp_path, "--json")
-    assert [(s["steps"], s["runs"], s["p"] is None) for s in json.loads(done.stdout)] == [(1705, 1, True), (2225, 2, False)]
-    assert "runs of different length, so they are kept apart: 1 of 1705 steps, 2 of 2225 steps" in done.stderr
+    groups = [(s["steps"], s["runs"], s["p"] is None) for s in json.loads(done.stdout)]
+    assert groups == [(1705, 1, True), (2225, 2, False)]
+    assert "runs of different length, so they are kept apart: 1 of 1705 steps, 2 of 2225" in done.stderr
     assert "1705 steps: one run gives no p; at least 1 more is missing" in done.stderr
     assert tool("compare", tmp_path, tmp_path / "a").returncode == 2
 
@@ -119,65 +174,97 @@ def test_bad_input(tmp_path, prepare, says):
     prepare(folder)
     for command in (["stats", folder], ["compare", folder, folder]):
         done = tool(*command)
-        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("record.py: ") and says in done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and last.startswith("record.py: ") and says in last
 
 
 def test_unknown_arguments(tmp_path):
     for arguments in (["stats"], ["stats", tmp_path, "--fast"], ["compare", "a"], ["sort"]):
-        done = tool(*arguments)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("record.py: ")
+        refused(*arguments, says="--help lists what there is")
 
 
 def test_one_run_cannot_be_compared(tmp_path):
     write_runs(tmp_path, [3.27], [1])
-    done = tool("compare", tmp_path, tmp_path)
-    assert done.returncode == 2 and "at least 1 more is missing" in done.stderr
+    refused("compare", tmp_path, tmp_path, says="at least 1 more is missing")
+
+
+def test_torch_is_never_imported(tmp_path):
+    """With a torch that cannot be imported, what reads logs works."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    a = write_runs(tmp_path / "a", PRIOR, PRIOR_MS)
+    for command in (["stats", a], ["compare", a, a], ["diff", a, a], ["plot", a, "-o", tmp_path / "a.png"]):
+        done = tool(*command, env=environment)
+        assert done.returncode == 0, done.stderr
 
 
 def test_diff_takes_the_scripts_out_of_logs(tmp_path):
-    write_runs(tmp_path / "a", [3.27], [1], script="x = 1\nlr = 0.03\ny = 2", settings="muon_lr=0.03\nseed=1")
-    write_runs(tmp_path / "b", [3.27], [1], script="x = 1\nlr = 0.04\ny = 2", settings="muon_lr=0.04\nseed=1")
+    for name, rate in (("a", "0.03"), ("b", "0.04")):
+        script = f"x = 1\nlr = {rate}\ny = 2"
+        write_runs(tmp_path / name, [3.27], [1], script=script, settings=f"muon_lr={rate}\nseed=1")
     (tmp_path / "b.py").write_text("x = 1\nlr = 0.04\ny = 2\n")
-    text = tool("diff", tmp_path / "a", tmp_path / "b").stdout.splitlines()
-    assert text[0] == "muon_lr: 0.03 -> 0.04"
-    assert [line for line in text if line[:1] in "+-"][2:] == ["-lr = 0.03", "+lr = 0.04"] and not any("\033" in line for line in text)
+    text = tool("diff", tmp_path / "a", tmp_path / "b").stdout
+    first, *lines = text.splitlines()
+    assert first == "muon_lr: 0.03 -> 0.04"
+    assert [line for line in lines if line[:1] in "+-"][2:] == ["-lr = 0.03", "+lr = 0.04"]
+    assert "\033" not in text
     text = tool("diff", tmp_path / "a" / "0.txt", tmp_path / "b.py").stdout
     assert "+lr = 0.04" in text and "(not set)" not in text
-    piped = subprocess.run(f"{sys.executable} {TOOL} diff {tmp_path}/a {tmp_path}/b | head -1", shell=True, capture_output=True, text=True)
+    command = f"{sys.executable} {TOOL} diff {tmp_path}/a {tmp_path}/b | head -1"
+    piped = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert piped.stdout == "muon_lr: 0.03 -> 0.04\n" and not piped.stderr
     (tmp_path / "notes.txt").write_text("no log\n")
-    assert "neither a script nor a log" in tool("diff", tmp_path / "notes.txt", tmp_path / "b.py").stderr
+    refused("diff", tmp_path / "notes.txt", tmp_path / "b.py", says="neither a script nor a log")
+    refused("diff", tmp_path / "none.py", tmp_path / "b.py", says="cannot be read as a script")
+
+
+def run_until(command, lines):
+    """The first lines that a command prints; then it and what it started are killed."""
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    printed = [next(child.stdout) for _ in range(lines)]
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+    return printed
 
 
 def test_race_resumes(tmp_path):
-    """Two real scripts on the CPU, two runs each, killed in the second round: the finished runs are kept, the rest is run."""
-    script = TOOL.parent.parent / "train_gpt.py"
+    """Two scripts, two runs each, killed in the second round: what is finished is kept, the rest is run."""
+    script = ROOT / "train_gpt.py"
     other = tmp_path / "other.py"
     other.write_text(script.read_text())
-    flags = [*tiny_flags(tmp_path), "--num_scheduled_iterations=6", "--num_extension_iterations=0", "--warmup_steps=0"]
-    command = [sys.executable, str(TOOL), "race", str(other), str(script), "--runs=2", f"--out={tmp_path}/race", "--nproc=1", *flags]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
-    lines = [next(first.stdout) for _ in range(3)]
-    assert lines[2].startswith(f"run: {other} ") and "--seed=2" in lines[2]
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    flags = tiny_flags(tmp_path)
+    flags += ["--num_scheduled_iterations=6", "--num_extension_iterations=0", "--warmup_steps=0"]
+    command = [sys.executable, str(TOOL), "race", str(other), str(script)]
+    command += ["--runs=2", f"--out={tmp_path}/race", "--nproc=1", *flags]
+
+    def race(limit):
+        return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=limit)
+
+    last = run_until(command, 3)[-1]
+    assert last.startswith(f"run: {other} ") and "--seed=2" in last
+    done = race(120)
     assert done.returncode == 0, done.stderr
-    assert [(line.split()[1], "--seed=2" in line) for line in done.stdout.splitlines() if line.startswith("run: ")] == [(str(other), True), (str(script), True)]
+    runs = [line for line in done.stdout.splitlines() if line.startswith("run: ")]
+    assert [line.split()[1] for line in runs] == [str(other), str(script)]
+    assert all("--seed=2" in line for line in runs)
     for side in ("a", "b"):
-        whole = [path.read_text() for path in (tmp_path / "race" / side).iterdir() if "step:6/6 val_loss" in path.read_text()]
+        logs = [path.read_text() for path in (tmp_path / "race" / side).iterdir()]
+        whole = [text for text in logs if "step:6/6 val_loss" in text]
         assert sorted(re.search(r"^seed=(\d+)$", text, re.M)[1] for text in whole) == ["1", "2"]
-    assert "A: 2 runs of 6 steps" in done.stdout and "times, B - A:" in done.stdout and "losses, B - A: +0.00000" in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    for part in ("A: 2 runs of 6 steps", "times, B - A:", "losses, B - A: +0.00000"):
+        assert part in done.stdout
+    again = race(60)
     assert again.returncode == 0 and not re.search("^run: ", again.stdout, re.M)
     other.write_text(script.read_text() + "\n# another version\n")
-    changed = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    changed = race(60)
     assert changed.returncode == 2 and "holds runs of another version" in changed.stderr
 
 
 def test_race_refuses(tmp_path):
-    assert "at least 2" in tool("race", TOOL, TOOL, "--runs=1").stderr
-    assert "missing.py: does not exist" in tool("race", tmp_path / "missing.py", TOOL).stderr
+    refused("race", TOOL, TOOL, "--runs=1", says="at least 2")
+    refused("race", tmp_path / "missing.py", TOOL, says="missing.py: does not exist")
     failing = tmp_path / "failing.py"
     failing.write_text("raise SystemExit(3)")
     done = tool("race", failing, failing, f"--out={tmp_path}/race", "--nproc=1")
@@ -191,8 +278,14 @@ def test_two_thousand_logs(tmp_path):
     assert len(log) > 175_000
     for i in range(1, 2000):
         (tmp_path / f"{i}.txt").write_bytes(log)
-    program = f"import runpy, sys; sys.argv = ['record.py', 'stats', {str(tmp_path)!r}]\n"
-    program += f"try: runpy.run_path({str(TOOL)!r}, run_name='__main__')\nfinally: print(open('/proc/self/status').read())"
+    program = f"""
+import runpy, sys
+sys.argv = ["record.py", "stats", {str(tmp_path)!r}]
+try:
+    runpy.run_path({str(TOOL)!r}, run_name="__main__")
+finally:
+    print(open("/proc/self/status").read())
+"""
     began = time.time()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert re.search(r"2225 +2000 +3\.2777", done.stdout)
@@ -200,12 +293,11 @@ def test_two_thousand_logs(tmp_path):
     print(f"{time.time() - began:.1f} s")
 
 
-CALIBRATION = "calibration rank 0: bfloat16_gemm={}TFLOP/s copy=4270GB/s launch=3.9us power_limit=700.00W"
-TASK = "val_files=data/fineweb10B/fineweb_val_*.bin\nval_tokens=10485760\ntrain_files=data/fineweb10B/fineweb_train_*.bin"
-
-
 def calibrated(gemm, other=None):
-    lines = [CALIBRATION.format(gemm)] + ([CALIBRATION.format(other).replace("rank 0", "rank 1")] if other else [])
+    """Calibration lines of one rank, or of two."""
+    lines = [CALIBRATION.format(gemm)]
+    if other:
+        lines.append(CALIBRATION.format(other).replace("rank 0", "rank 1"))
     return "\n".join(lines)
 
 
@@ -215,84 +307,233 @@ def test_compare_tells_machines_apart(tmp_path):
     write_runs(tmp_path / "far", NEW, NEW_MS, settings=calibrated(705, 690))
     write_runs(tmp_path / "none", NEW, NEW_MS)
     text = tool("compare", tmp_path / "a", tmp_path / "near").stdout
-    assert "bfloat16_gemm TFLOP/s: A 700, B 704 (+0.6%)" in text and "launch us: A 3.9, B 3.9" in text and "machines differ" not in text
+    assert "bfloat16_gemm TFLOP/s: A 700, B 704 (+0.6%)" in text and "launch us: A 3.9, B 3.9" in text
+    assert "machines differ" not in text
     text = tool("compare", tmp_path / "a", tmp_path / "far").stdout
     assert "The machines differ by more than 1 % (bfloat16_gemm -1.4%)" in text
-    assert "The logs of B hold no calibration" in tool("compare", tmp_path / "a", tmp_path / "none").stdout
+    text = tool("compare", tmp_path / "a", tmp_path / "none").stdout
+    assert "The logs of B hold no calibration" in text
 
 
 def is_png(path, width):
+    """Whether a picture of this width lies there."""
     data = path.read_bytes()
     return data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") == width
 
 
-def test_new_plot_and_history(tmp_path):
-    """A record from the published numbers, a second one against it, and the table of both."""
-    records, readme = tmp_path / "records", tmp_path / "README.md"
-    marks = "<!-- records: written by ./run.sh record history -->", "<!-- end of records -->"
-    readme.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
-    shared = f"devices: 8 x NVIDIA H100\nPyTorch 2.13.0\narguments: --seed=7 --muon_lr=0.03\nmuon_lr=0.03\n{TASK}\n"
-    write_runs(tmp_path / "a", PRIOR, PRIOR_MS, settings=shared + calibrated(700), script="def f():\n    return 1")
-    write_runs(tmp_path / "b", NEW, NEW_MS, settings=shared.replace("0.03", "0.04") + calibrated(680), script="def f():\n    return 2")
-    done = tool("new", "first", tmp_path / "a", f"--records={records}", "--what=The first", "--note=Only a test.")
-    assert done.returncode == 0, done.stderr
-    (first,) = records.iterdir()
-    text = (first / "README.md").read_text()
-    for part in ("# The first\n", "10 runs of 2225 steps on 8×NVIDIA H100: validation loss 3.2770 ± 0.0012, 164.452 ± 0.207 s", "p = 0.0000", "Only a test.",
-                 f"torchrun --standalone --nproc_per_node=8 records/{first.name}/train_gpt.py --muon_lr=0.03\n", "compared with none",
-                 "| 0.txt | - | 3.2784 | 164.443 |", "PyTorch 2.13.0"):  # fmt: skip
-        assert part in text, part
-    assert (first / "train_gpt.py").read_text() == "def f():\n    return 1\n" and len(list((first / "logs").iterdir())) == 10
-    assert is_png(first / "curves.png", 1000)
-    assert "exists already" in tool("new", "first", tmp_path / "a", f"--records={records}").stderr
+def the_record(records, name):
+    """The folder of the record of this name."""
+    (folder,) = [*records.glob(f"*_{name}"), *records.glob(f"proxy/*_{name}")]
+    return folder
 
+
+@pytest.fixture
+def records(tmp_path):
+    """A folder with two records from the published numbers, the second against the first, and their logs."""
+    head = "devices: 8 x NVIDIA H100\nPyTorch 2.13.0\narguments: --seed=7 --muon_lr=0.03\n"
+    head += f"muon_lr=0.03\n{TASK}\n"
+    a_settings = head + calibrated(700)
+    b_settings = head.replace("0.03", "0.04") + calibrated(680)
+    write_runs(tmp_path / "a", PRIOR, PRIOR_MS, settings=a_settings, script="def f():\n    return 1")
+    write_runs(tmp_path / "b", NEW, NEW_MS, settings=b_settings, script="def f():\n    return 2")
     for log in (tmp_path / "b").glob("*.txt"):
-        log.rename(log.with_name(f"later_{log.name}"))  # of one day the later log counts, not the folder's name
-    assert tool("new", "another", tmp_path / "b", f"--records={records}").returncode == 0
-    text = next(records.glob("*_another/README.md")).read_text()
-    assert "+1 -1 lines, in `f`" in text and "- `muon_lr: 0.03 -> 0.04`" in text and f"Against `{first}`" in text
+        log.rename(log.with_name(f"later_{log.name}"))  # of one day the later log counts, not the name
+    folder = tmp_path / "records"
+    titles = ["--what=The first", "--note=Only a test."]
+    succeeded("new", "first", tmp_path / "a", f"--records={folder}", *titles)
+    succeeded("new", "another", tmp_path / "b", f"--records={folder}")
+    return folder
 
-    (records / "reported.json").write_text('[{"date": "2024-10-10", "what": "theirs", "machine": "8×H100", "steps": null, "losses": [3.27, 3.271], "seconds": [900, 901]}]')
+
+def test_new(records, tmp_path):
+    first = the_record(records, "first")
+    text = (first / "README.md").read_text()
+    for part in (
+        "# The first\n",
+        "10 runs of 2225 steps on 8×NVIDIA H100: validation loss 3.2770 ± 0.0012, 164.452 ± 0.207 s",
+        "p = 0.0000",
+        "Only a test.",
+        f"torchrun --standalone --nproc_per_node=8 records/{first.name}/train_gpt.py --muon_lr=0.03\n",
+        "compared with none",
+        "| 0.txt | - | 3.2784 | 164.443 |",
+        "PyTorch 2.13.0",
+    ):
+        assert part in text, part
+    assert (first / "train_gpt.py").read_text() == "def f():\n    return 1\n"
+    assert len(list((first / "logs").iterdir())) == 10 and is_png(first / "curves.png", 1000)
+    refused("new", "first", tmp_path / "a", f"--records={records}", says="exists already")
+    another = the_record(records, "another")
+    text = (another / "README.md").read_text()
+    for part in ("+1 -1 lines, in `f`", "- `muon_lr: 0.03 -> 0.04`", f"Against `{first}`"):
+        assert part in text, part
+    assert f"record diff {first} records/{another.name}`" in text
+
+
+def test_archived_logs_name_their_script(records, tmp_path):
+    """A record's logs are those of the runs, with one line in the place of the source, and read alike."""
+    first = the_record(records, "first")
+    digest = hashlib.sha256((first / "train_gpt.py").read_bytes()).hexdigest()
+    for log in (first / "logs").iterdir():
+        whole = (tmp_path / "a" / log.name).read_text()
+        named, rest = log.read_text().split("\n", 1)
+        assert named == f"script: train_gpt.py sha256:{digest}"
+        assert whole == f"def f():\n    return 1\n{rest}" and rest.startswith(LINE)
+        assert record.read_head(log) == record.read_head(tmp_path / "a" / log.name)
+    assert tool("stats", first).stdout == tool("stats", tmp_path / "a").stdout
+    assert succeeded("diff", first, tmp_path / "a") == ""
+    assert "+    return 2" in succeeded(
+        "diff", first, the_record(records, "another") / "logs" / "later_0.txt"
+    )
+    assert "Neither is shown to be faster" in succeeded("compare", first, tmp_path / "a")
+    assert len(record.finished_runs(first / "logs", first / "train_gpt.py")) == 10
+    assert not record.finished_runs(first / "logs", the_record(records, "another") / "train_gpt.py")
+    beside = tmp_path / "beside"
+    shutil.copytree(first / "logs", beside)
+    shutil.copy(first / "train_gpt.py", beside)
+    assert succeeded("diff", beside, tmp_path / "a") == ""
+    done = tool("diff", "0.txt", tmp_path / "a", cwd=first / "logs")  # where a path names no folder
+    assert (done.returncode, done.stdout) == (0, "")
+    succeeded("new", "again", first, f"--records={tmp_path}/others")
+    again = the_record(tmp_path / "others", "again")
+    assert (again / "logs" / "0.txt").read_bytes() == (first / "logs" / "0.txt").read_bytes()
+    assert (again / "train_gpt.py").read_bytes() == (first / "train_gpt.py").read_bytes()
+
+
+@pytest.mark.parametrize("change, says", [("missing", "cannot be read"), ("other", "its SHA-256 differs")])
+def test_an_archived_script_must_be_the_one_named(records, tmp_path, change, says):
+    first = the_record(records, "first")
+    script = first / "train_gpt.py"
+    if change == "missing":
+        script.unlink()
+    else:
+        script.write_text("def f():\n    return 3\n")
+    (records / "README.md").write_text("\n".join(record.MARKS))
+    for command in (
+        ["diff", first, tmp_path / "a"],
+        ["new", "third", first, f"--records={tmp_path}/others"],
+        ["history", f"--records={records}"],
+        ["plot", tmp_path / "a", "-o", tmp_path / "a.png", f"--records={records}"],
+    ):
+        refused(*command, says=f"{script}: ")
+        refused(*command, says=says)
+
+
+def test_history(records, tmp_path):
+    """The table of claims, of what proves nothing and of what others reported, with links from its page."""
+    reported = dict(date="2024-10-10", what="theirs", machine="8×H100", steps=None)
+    reported |= dict(losses=[3.27, 3.271], seconds=[900, 901])
+    (records / "reported.json").write_text(json.dumps([reported]))
     (records / "ablations").mkdir()
+    weak = write_runs(tmp_path / "weak", [3.28, 3.281], [1, 2], settings=TASK)
+    succeeded("new", "weak", weak, "--unproven", f"--records={records}")
+    page = records / "README.md"
+    page.write_text("\n".join(["before", record.MARKS[0], "old", record.MARKS[1], "after", ""]))
     for _ in range(2):  # a second time changes nothing
-        assert tool("history", f"--records={records}", f"--readme={readme}").returncode == 0
-        lines = readme.read_text().splitlines()
+        succeeded("history", f"--records={records}")
+        lines = page.read_text().splitlines()
         assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
-        assert [line.split(" | ")[1] for line in lines if line.startswith("| 20")] == ["another", "The first", "theirs"]
-        assert "reported by others" in lines[6] and f"](records/{first.name}) |" in lines[5]
+        rows = {line.split(" | ")[1]: line for line in lines if line.startswith("| 20")}
+        assert sorted(rows) == ["The first", "another", "theirs", "weak"] and lines[7] == rows["theirs"]
+        assert list(rows).index("another") < list(rows).index("The first")
+        first = the_record(records, "first").name
+        assert rows["The first"].endswith(f"| [{first}]({first}) |") and "| 0.0000 |" in rows["The first"]
+        name = the_record(records, "weak").name
+        assert rows["weak"].endswith(f"| [{name}](proxy/{name}) |") and "| no claim |" in rows["weak"]
+        assert rows["theirs"].endswith("| reported by others |")
         assert any("differ by more than 1 %: bfloat16_gemm -2.9%" in line for line in lines)
-    assert tool("plot", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out.png", f"--records={records}").returncode == 0
-    assert is_png(tmp_path / "out.png", 1000)
+    other = tmp_path / "README.md"
+    other.write_text("\n".join(record.MARKS))
+    succeeded("history", f"--records={records}", f"--readme={other}")
+    assert f"](records/proxy/{name}) |" in other.read_text()
+
+
+def test_plot(records, tmp_path):
+    out = tmp_path / "out.png"
+    succeeded("plot", tmp_path / "a", the_record(records, "another"), "-o", out, f"--records={records}")
+    assert is_png(out, 1000)
+
+
+def test_what_proves_nothing_goes_to_proxy(tmp_path):
+    weak = write_runs(tmp_path / "weak", [3.28, 3.281], [1, 2], settings=TASK)
+    proven = write_runs(tmp_path / "proven", PRIOR, PRIOR_MS, settings=TASK)
+    for name, logs in (("weak", weak), ("proven", proven)):
+        succeeded("new", name, logs, "--unproven", f"--records={tmp_path}/records")
+    folder = the_record(tmp_path / "records", "weak")
+    assert folder.parent == tmp_path / "records" / "proxy"
+    text = (folder / "README.md").read_text()
+    assert "**no claim to the target**" in text and f"python records/proxy/{folder.name}/train_gpt.py" in text
+    proven_folder = the_record(tmp_path / "records", "proven")
+    assert proven_folder.parent == tmp_path / "records"  # the flag allows, it does not degrade
+    assert f"records/proxy/{folder.name}`: +0 -0 lines" in (proven_folder / "README.md").read_text()
 
 
 def test_new_refuses(tmp_path):
-    arguments = [f"--records={tmp_path}/records"]
+    to = f"--records={tmp_path}/records"
     weak = write_runs(tmp_path / "weak", [3.28, 3.281], [1, 2], settings=TASK)
-    assert "nothing is proven: p = " in tool("new", "a", weak, *arguments).stderr
+    refused("new", "a", weak, to, says="nothing is proven: p = ")
     other = write_runs(tmp_path / "other", PRIOR, PRIOR_MS, settings=TASK.replace("10485760", "1572864"))
-    assert "is not the target's, 10485760 of FineWeb" in tool("new", "a", other, *arguments).stderr
+    refused("new", "a", other, to, says="is not the target's, 10485760 of FineWeb")
     one = write_runs(tmp_path / "one", [3.2], [1], settings=TASK)
-    assert "one run gives no p" in tool("new", "a", one, *arguments).stderr
+    refused("new", "a", one, to, says="one run gives no p")
     mixed = write_runs(tmp_path / "mixed", PRIOR, PRIOR_MS, script="x = 1")
     write_runs(tmp_path / "mixed" / "more", [3.2], [1], script="x = 2")
-    assert "made by another script" in tool("new", "a", mixed, *arguments).stderr
+    refused("new", "a", mixed, to, says="made by another script")
     uneven = write_runs(tmp_path / "uneven", PRIOR, PRIOR_MS, settings=f"{TASK}\nseed=1\nmuon_lr=1")
     write_runs(uneven / "more", [3.2], [1], settings=f"{TASK}\nseed=2\nmuon_lr=2")
-    assert "other settings than" in tool("new", "a", uneven, *arguments).stderr and "muon_lr: 1 -> 2" in tool("new", "a", uneven, *arguments).stderr
-    assert "name a record by letters" in tool("new", "../a", weak, *arguments).stderr
+    refused("new", "a", uneven, to, says="other settings than")
+    refused("new", "a", uneven, to, says="muon_lr: 1 -> 2")
+    refused("new", "a", weak, weak, to, says="2 logs are named 0.txt")
+    refused("new", "../a", weak, to, says="name a record by letters")
     assert not (tmp_path / "records").exists()
-    assert tool("new", "a", weak, "--unproven", *arguments).returncode == 0
-    assert "**no claim to the target**" in next((tmp_path / "records").glob("*/README.md")).read_text()
 
 
 def test_bad_pictures_and_tables(tmp_path):
     runs = write_runs(tmp_path / "runs", PRIOR, PRIOR_MS)
-    for command in (["plot", runs, "-o", tmp_path / "none" / "a.png"], ["plot", runs, "-o", tmp_path / "a.xyz"], ["plot", tmp_path / "x", "-o", "a.png"]):
-        done = tool(*command)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    refused("plot", runs, "-o", tmp_path / "none" / "a.png", says="cannot be written")
+    refused("plot", runs, "-o", tmp_path / "a.xyz", says="cannot be written")
+    refused("plot", tmp_path / "x", "-o", "a.png", says="does not exist")
     (tmp_path / "README.md").write_text("no marks\n")
-    assert "the table's place is not marked" in tool("history", f"--readme={tmp_path}/README.md").stderr
-    assert "cannot be read" in tool("history", f"--readme={tmp_path}/none.md").stderr
+    refused("history", f"--readme={tmp_path}/README.md", says="the table's place is not marked")
+    refused("history", f"--readme={tmp_path}/none.md", says="cannot be read")
+    (tmp_path / "README.md").write_text("\n".join(record.MARKS))
+    for text in ("{", "[1]", '[{"losses": [1], "seconds": [1]}]'):
+        (tmp_path / "reported.json").write_text(text)
+        refused("history", f"--records={tmp_path}", says="reported.json: cannot be read")
+
+
+KEPT = sorted([*TOOL.parent.glob("2*"), *TOOL.parent.glob("proxy/2*")])
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+def test_kept_records_are_whole(folder):
+    """Each log names the script beside it, which it does not repeat, and shows a run of it."""
+    script = (folder / "train_gpt.py").read_bytes()
+    logs = sorted((folder / "logs").iterdir())
+    assert logs and is_png(folder / "curves.png", 1000)
+    for log in logs:
+        assert log.read_text().startswith(
+            f"script: train_gpt.py sha256:{hashlib.sha256(script).hexdigest()}\n{LINE}"
+        )
+        assert isinstance(record.read_run(log), record.Run)
+        assert record.read_head(log)[0] == script.decode().strip()
+
+
+def test_records_pages():
+    """Their links lead somewhere, their table is today's, and the folder stays small."""
+    for page in TOOL.parent.rglob("*.md"):
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+    size = sum(path.stat().st_size for path in TOOL.parent.rglob("*") if "__pycache__" not in path.parts)
+    assert KEPT and size < 1_500_000
+
+
+def test_history_is_written(tmp_path):
+    page = TOOL.parent / "README.md"
+    kept = page.read_text()
+    copy = tmp_path / "records"
+    shutil.copytree(TOOL.parent, copy)
+    succeeded("history", f"--records={copy}")
+    assert (copy / "README.md").read_text() == kept
 
 
 @pytest.mark.parametrize(
@@ -302,54 +543,217 @@ def test_bad_pictures_and_tables(tmp_path):
         ("a b: --x=1", ":1: cannot read"),
         ("a: --x=1\na: --x=2", ":2: cannot read"),
         ("seeds: x\na:", ":1: cannot read"),
+        ("a: --x='1", ":1: cannot read"),
         ("a: x.patch --x=1", "x.patch does not exist"),
         ("a: x=1", "'x=1' is not a flag"),
     ],
 )
 def test_bad_sweep(tmp_path, text, says):
     (tmp_path / "list.txt").write_text(text)
-    done = tool("sweep", tmp_path / "list.txt", f"--out={tmp_path}/out")
-    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    refused("sweep", tmp_path / "list.txt", f"--out={tmp_path}/out", says=says)
+
+
+def patch(before, after, rest=" two\n", file="train_gpt.py"):
+    """A patch of a file's first line, which stands before the rest of its hunk."""
+    count = 1 + len(rest.splitlines())
+    return f"--- a/{file}\n+++ b/{file}\n@@ -1,{count} +1,{count} @@\n-{before}\n+{after}\n{rest}"
 
 
 def test_sweep_refuses_a_patch_that_does_not_apply(tmp_path):
-    (tmp_path / "a.patch").write_text("--- a/train_gpt.py\n+++ b/train_gpt.py\n@@ -1,1 +1,1 @@\n-nothing like it\n+x\n")
+    (tmp_path / "a.patch").write_text(patch("nothing like it", "x", rest=""))
     (tmp_path / "list.txt").write_text("a: a.patch\n")
-    done = tool("sweep", tmp_path / "list.txt", f"--out={tmp_path}/out")
-    assert done.returncode == 2 and "a.patch: does not apply" in done.stderr
+    refused("sweep", tmp_path / "list.txt", f"--out={tmp_path}/out", says="a.patch: does not apply")
 
 
 def test_sweep_applies_patches_in_order(tmp_path):
-    """The second patch needs the first; what one says of another file is left to whoever applies it by hand."""
+    """The second patch needs the first; what one says of another file is left out."""
     (tmp_path / "script.py").write_text("one\ntwo\n")
-    (tmp_path / "a.patch").write_text("--- a/train_gpt.py\n+++ b/train_gpt.py\n@@ -1,2 +1,2 @@\n-one\n+three\n two\n"
-                                      "--- a/tests/x.py\n+++ b/tests/x.py\n@@ -1,1 +1,1 @@\n-x\n+y\n")  # fmt: skip
-    (tmp_path / "b.patch").write_text("--- a/train_gpt.py\n+++ b/train_gpt.py\n@@ -1,2 +1,2 @@\n-three\n+print('four')\n two\n")
+    (tmp_path / "a.patch").write_text(patch("one", "three") + patch("x", "y", rest="", file="tests/x.py"))
+    (tmp_path / "b.patch").write_text(patch("three", "print('four')"))
     (tmp_path / "list.txt").write_text("seeds: 1\nboth: a.patch b.patch --x=1\nsecond: b.patch\n")
-    done = tool("sweep", tmp_path / "list.txt", f"--script={tmp_path}/script.py", f"--out={tmp_path}/out", "--nproc=1")
+    options = [f"--script={tmp_path}/script.py", f"--out={tmp_path}/out", "--nproc=1"]
+    refused("sweep", tmp_path / "list.txt", *options, says="b.patch: does not apply")
     assert (tmp_path / "out" / "both" / "train_gpt.py").read_text() == "print('four')\ntwo\n"
-    assert done.returncode == 2 and "b.patch: does not apply" in done.stderr
 
 
 def test_sweep_resumes(tmp_path):
-    """Two settings, two seeds, on the CPU: killed in the second round, gone on with, and a setting that fails is named."""
-    (tmp_path / "list.txt").write_text("seeds: 3 4\nflags: --num_scheduled_iterations=4\nbaseline:\nno-mlp: --layers=5.mlp=0  # one less\n")
-    flags = [*tiny_flags(tmp_path), "--num_extension_iterations=0", "--warmup_steps=0"]
-    flags = [flag for flag in flags if not flag.startswith("--num_scheduled")]
-    command = [sys.executable, str(TOOL), "sweep", str(tmp_path / "list.txt"), f"--out={tmp_path}/out", "--nproc=1", *flags]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
-    lines = [next(first.stdout) for _ in range(3)]
-    assert "baseline/train_gpt.py" in lines[2] and "--seed=4" in lines[2]
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    """Two settings, two seeds, killed in the second round and gone on with; one that fails is named."""
+    entries = ["baseline:", "no-mlp: --layers=5.mlp=0  # one less", ""]
+    (tmp_path / "list.txt").write_text(
+        "\n".join(["seeds: 3 4", "flags: --num_scheduled_iterations=4", *entries])
+    )
+    flags = [flag for flag in tiny_flags(tmp_path) if not flag.startswith("--num_scheduled")]
+    command = [sys.executable, str(TOOL), "sweep", str(tmp_path / "list.txt"), f"--out={tmp_path}/out"]
+    command += ["--nproc=1", *flags, "--num_extension_iterations=0", "--warmup_steps=0"]
+
+    def sweep():
+        return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+
+    last = run_until(command, 3)[-1]
+    assert "baseline/train_gpt.py" in last and "--seed=4" in last
+    done = sweep()
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run: ") == 2 and done.stdout.count("--seed=4") == 2
     table = (tmp_path / "out" / "table.md").read_text().splitlines()
-    assert re.match(r"\| baseline \| 2 \| 5\.\d{4} \| 0\.\d{4} \| \+0\.0000 \|", table[2]) and table[3].startswith("| no-mlp | 2 |")
+    assert re.match(r"\| baseline \| 2 \| 5\.\d{4} \| 0\.\d{4} \| \+0\.0000 \|", table[2])
+    assert table[3].startswith("| no-mlp | 2 |")
     assert is_png(tmp_path / "out" / "losses.png", 1000)
     with open(tmp_path / "list.txt", "a") as file:
         file.write("broken: --layers=5.mlp=x\n")
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    done = sweep()
     assert done.returncode == 1 and done.stdout.count("run: ") == 1
-    assert "broken, seed 3: ended with code 2: train_gpt.py: --layers: cannot read" in done.stderr and "| broken | 0 | - |" in (tmp_path / "out" / "table.md").read_text()
+    assert "broken, seed 3: ended with code 2: train_gpt.py: --layers: cannot read" in done.stderr
+    assert "| broken | 0 | - |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_parts_of_a_profile():
+    """Names as profiles on an H200 and on a CPU showed them, or as the script's kernels may be called."""
+    names = {
+        "_attention_key_kernel": "attention",
+        "_heads_kernel": "attention",
+        "_norm_qkv_kernel": "attention",
+        "triton_per_fused_attention_backward_mul_sigmoid_2": "fused by the compiler",
+        "_loss_kernel": "loss",
+        "_loss_backward_kernel": "loss",
+        "_mix_backward_kernel": "mixing and norms",
+        "_norm_kernel": "mixing and norms",
+        "_mlp_kernel": "products",
+        "nvjet_sm90_qqtst_192x192_128x4_2x1_v_bz_coopB_TNN": "products",
+        "aten::baddbmm": "products",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "_scatter_add_kernel": "embeddings",
+        "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL": "communication",
+        "aten::pow": "other",
+        "aten::linalg_vector_norm": "other",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+    }
+    assert {name: record.part_of(name) for name in names} == names
+
+
+def test_covered():
+    assert record.covered([]) == 0 and record.covered([(3, 5), (0, 2), (1, 2.5), (4, 4.5)]) == 4.5
+
+
+def event(name, begin, length, category="kernel", thread=7):
+    """A complete event of a Chrome trace, its times in µs."""
+    return dict(ph="X", cat=category, name=name, pid=0, tid=thread, ts=begin, dur=length)
+
+
+def write_trace(
+    folder, events, log_line="profile: steps 20 to 21, trace logs/a.trace.json.gz; read it with: x"
+):
+    """A log of a run that profiled two steps, and its trace beside it."""
+    log = (
+        write_runs(folder, [3.27], [1], script=f'print("{log_line}")\n{log_line.replace("21", "99")}')
+        / "0.txt"
+    )
+    log.write_text(log.read_text() + log_line + "\n")
+    text = json.dumps({"schemaVersion": 1, "traceEvents": events})
+    log.with_suffix(".trace.json.gz").write_bytes(gzip.compress(text.encode()))
+    return log
+
+
+def test_profile_of_a_gpu(tmp_path):
+    """Time a step by part, communication that is not hidden, the longest kernels; no CPU events."""
+    events = [
+        event("_attention_key_kernel", 0, 3000),
+        event("_attention_key_kernel", 4000, 1000),
+        event("nvjet_sm90_x", 5000, 2000),
+        event("ncclDevKernel_AllGather", 6000, 2500, thread=9),
+        event("Memcpy DtoD (Device -> Device)", 9000, 500, "gpu_memcpy"),
+        event("Memset (Device)", 9500, 100, "gpu_memset"),
+        event("aten::mm", 0, 9000, "cpu_op"),
+        event("ProfilerStep#20", 0, 9000, "gpu_user_annotation"),
+        dict(ph="M", name="process_name", pid=0, args={}),
+        dict(ph="i", cat="kernel", name="no duration", ts=1),
+    ]
+    log = write_trace(tmp_path, events)
+    lines = succeeded("profile", log).splitlines()
+    assert lines == [
+        f"trace: {log.with_suffix('.trace.json.gz')}, 2 steps",
+        "communication 1.25 ms a step",
+        "attention 2.00 ms a step",
+        "products 1.00 ms a step",
+        "copies 0.30 ms a step",
+        "computing 3.30 ms a step, communication not hidden 0.75 ms",
+        "    2.000 ms     1.0 calls a step  _attention_key_kernel",
+        "    1.250 ms     0.5 calls a step  ncclDevKernel_AllGather",
+        "    1.000 ms     0.5 calls a step  nvjet_sm90_x",
+        "    0.250 ms     0.5 calls a step  Memcpy DtoD (Device -> Device)",
+        "    0.050 ms     0.5 calls a step  Memset (Device)",
+    ]
+    trace = log.with_suffix(".trace.json.gz")
+    assert "attention 4.00 ms a step" in succeeded("profile", trace, "--steps=1")
+    plain = tmp_path / "plain.json"
+    plain.write_bytes(gzip.decompress(trace.read_bytes()))
+    assert succeeded("profile", plain, "--steps=2").splitlines()[1:] == lines[1:]
+    many = write_trace(tmp_path / "many", [event(f"k{i}", i, 1 + i / 10) for i in range(50)])
+    assert len(succeeded("profile", many).splitlines()) == 3 + 30
+
+
+def test_profile_of_a_cpu(tmp_path):
+    """An operator counts without what it calls, thread by thread."""
+    events = [
+        event("aten::mm", 100, 400, "cpu_op"),
+        event("aten::matmul", 0, 1000, "cpu_op"),
+        event("aten::copy_", 200, 100, "cpu_op"),
+        event("aten::pow", 500, 200, "cpu_op"),
+        event("aten::matmul", 300, 5000, "cpu_op", thread=8),
+        event("train_step", 0, 90000, "user_annotation"),
+    ]
+    assert succeeded("profile", write_trace(tmp_path, events)).splitlines()[1:] == [
+        "products 0.15 ms a step",
+        "copies 0.05 ms a step",
+        "other 2.80 ms a step",
+        "    2.700 ms     1.0 calls a step  aten::matmul",
+        "    0.150 ms     0.5 calls a step  aten::mm",
+        "    0.100 ms     0.5 calls a step  aten::pow",
+        "    0.050 ms     0.5 calls a step  aten::copy_",
+    ]
+
+
+def test_profile_of_a_real_trace(tmp_path):
+    """What the profiler itself says of a few operators on this CPU."""
+    x = torch.randn(300, 300)
+    w = torch.randn(300, 300, requires_grad=True)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profiler:
+        for _ in range(2):
+            torch.nn.functional.rms_norm(x @ w, (300,)).square().sum().backward()
+    log = write_trace(tmp_path, [])
+    profiler.export_chrome_trace(str(log.with_suffix(".trace.json.gz")))
+    text = succeeded("profile", log)
+    found = re.findall(r"^ +([\d.]+) ms +([\d.]+) calls a step  (aten::.*)$", text, re.M)
+    measured = {
+        each.key: (each.self_cpu_time_total / 2000, each.count / 2) for each in profiler.key_averages()
+    }
+    assert len(found) > 5 and "products " in text and "computing" not in text
+    for ms, calls, name in found:
+        assert float(ms) == pytest.approx(measured[name][0], abs=2e-3), name
+        assert float(calls) >= measured[name][1], name  # the profiler counts one that calls its own name once
+    assert ("2.0", "aten::mm") in [(calls, name) for _, calls, name in found]
+    assert sorted(found, key=lambda row: -float(row[0])) == found
+
+
+def test_bad_profiles(tmp_path):
+    plain = write_runs(tmp_path / "plain", [3.27], [1]) / "0.txt"
+    refused("profile", plain, says="its run had no --profile")
+    refused("profile", tmp_path / "none.txt", says="none.txt: cannot be read")
+    refused("profile", tmp_path, says="name a log or its trace")
+    log = write_trace(tmp_path, [])
+    trace = log.with_suffix(".trace.json.gz")
+    refused("profile", log, says="holds no kernel and no operator")
+    refused("profile", trace, says="give --steps=N")
+    refused("profile", trace, "--steps=0", says="at least 1")
+    refused("profile", trace, "--steps=x", says="invalid int value")
+    whole = gzip.compress(b'{"traceEvents": [' + b"1," * 10_000)
+    texts = [b"[]", b"{}", b'{"traceEvents": 1}', b'{"traceEvents": [1]}', b"\xff", b"", whole, whole[:-20]]
+    for text in [*texts, whole[:10] + b"\0" * 50]:
+        trace.write_bytes(text)
+        refused("profile", log, says="not a trace of torch.profiler")
+    for wrong in ({"ts": "x"}, {"dur": None}, {"name": 1, "ts": []}):
+        trace.write_text(json.dumps({"traceEvents": [event("k", 0, 1) | wrong]}))
+        refused("profile", log, says="has no name, ts or dur")
+    trace.unlink()
+    refused("profile", log, says=f"{trace}: cannot be read")
