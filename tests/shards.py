@@ -17,7 +17,8 @@ def documents(count, longest, vocab_size=257, seed=0):
     """Tokens of documents of random lengths, 1 to longest, each with its BOS."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, longest + 1, count)
-    return np.concatenate([np.concatenate([[vocab_size - 1], random.integers(0, vocab_size - 1, n - 1)]) for n in lengths])
+    bos = vocab_size - 1
+    return np.concatenate([np.concatenate([[bos], random.integers(0, bos, n - 1)]) for n in lengths])
 
 
 def tiny_flags(folder):
@@ -26,8 +27,18 @@ def tiny_flags(folder):
         write_shard(folder / f"train_{i}.bin", documents(600, 60, seed=i))
     write_shard(folder / "val_0.bin", documents(60, 60, seed=9))
     flags = dict(
-        train_files=folder / "train_*.bin", val_files=folder / "val_*.bin", val_tokens=512, val_batch_size=512, train_batch_size=512,
-        train_max_seq_len=40, vocab_size=257, model_dim=32, num_heads=2, val_loss_every=5, num_scheduled_iterations=18,
-        num_extension_iterations=2, log_dir=folder / "logs",
-    )  # fmt: skip
+        train_files=folder / "train_*.bin",
+        val_files=folder / "val_*.bin",
+        val_tokens=512,
+        val_batch_size=512,
+        train_batch_size=512,
+        train_max_seq_len=40,
+        vocab_size=257,
+        model_dim=32,
+        num_heads=2,
+        val_loss_every=5,
+        num_scheduled_iterations=18,
+        num_extension_iterations=2,
+        log_dir=folder / "logs",
+    )
     return [f"--{name}={value}" for name, value in flags.items()]

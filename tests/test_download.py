@@ -53,13 +53,21 @@ class Hub(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+def shard_bytes(path, count):
+    """The bytes of a shard of so many tokens."""
+    return Path(write_shard(path, np.arange(count) % 50257)).read_bytes()
+
+
 @pytest.fixture
 def hub(tmp_path):
-    """A server with a validation shard and three training shards, and a copy of the script in a project of its own."""
+    """A server with a validation shard and three training shards, and the script in a project of its own."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3)]
-    server.files = {name: Path(write_shard(tmp_path / "hub" / name, np.arange(5000 + 100 * i) % 50257)).read_bytes() for i, name in enumerate(names)}
-    server.gets, server.breaks = [], {}
+    server.files = {}
+    for i in range(4):
+        name = f"fineweb_train_{i:06d}.bin" if i else "fineweb_val_000000.bin"
+        server.files[name] = shard_bytes(tmp_path / "hub" / name, 5000 + 100 * i)
+    server.gets = []
+    server.breaks = {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (tmp_path / "data").mkdir()
     # Shards of this size, or the check of the disk would want a gigabyte.
@@ -71,21 +79,40 @@ def hub(tmp_path):
     server.shutdown()
 
 
-def fetch(hub, *arguments, port=None):
-    endpoint = f"http://127.0.0.1:{port or hub.server_port}"
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    return subprocess.run([sys.executable, str(hub.folder.parent / SCRIPT.name), *arguments], capture_output=True, text=True, env=environment, timeout=120)
+def fetching(hub, *arguments):
+    """The command that fetches shards, and its environment, in which the Hub is that server."""
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+    return [sys.executable, str(hub.folder.parent / SCRIPT.name), *arguments], environment
+
+
+def fetch(hub, *arguments):
+    """The script's exit code and what it printed."""
+    command, environment = fetching(hub, *arguments)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def failed(done, says):
+    """It ended with code 1 and no traceback, and its last line says so."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert says in done.stderr.strip().splitlines()[-1]
 
 
 def same(hub, *names):
+    """Whether these shards are those of the Hub."""
     return all((hub.folder / name).read_bytes() == hub.files[name] for name in names)
 
 
 def test_fetches_shards_and_skips_whole_ones(hub):
     done = fetch(hub, "2")
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in hub.folder.iterdir()) == ["fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"]
-    assert same(hub, "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin")
+    names = ["fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"]
+    assert sorted(path.name for path in hub.folder.iterdir()) == names
+    assert same(hub, *names)
     count = len(hub.gets)
     again = fetch(hub, "3")
     assert again.returncode == 0 and hub.gets[count:] == [("fineweb_train_000003.bin", 0)]
@@ -95,8 +122,8 @@ def test_fetches_shards_and_skips_whole_ones(hub):
 def test_a_bar_each_on_a_terminal(hub):
     terminal, side = pty.openpty()
     termios.tcsetwinsize(side, (24, 120))
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "NO_PROXY": "127.0.0.1"}
-    child = subprocess.Popen([sys.executable, str(hub.folder.parent / SCRIPT.name), "1"], stdout=side, stderr=side, env=environment)
+    command, environment = fetching(hub, "1")
+    child = subprocess.Popen(command, stdout=side, stderr=side, env=environment)
     os.close(side)
     shown = b""
     try:
@@ -111,14 +138,13 @@ def test_a_bar_each_on_a_terminal(hub):
 def test_resumes_after_a_break(hub):
     """The library hands over 10 MB at a time, so that is what a break can cost."""
     name = "fineweb_train_000001.bin"
-    hub.files[name] = Path(write_shard(hub.folder.parent / "large.bin", np.arange(12_000_000) % 50257)).read_bytes()
+    hub.files[name] = shard_bytes(hub.folder.parent / "large.bin", 12_000_000)
     hub.breaks = {name: 15_000_000}
-    broken = fetch(hub, "1")
-    assert broken.returncode == 1 and "Traceback" not in broken.stderr
-    assert "fineweb_train_000001.bin could not be fetched" in broken.stderr.strip().splitlines()[-1]
+    failed(fetch(hub, "1"), "fineweb_train_000001.bin could not be fetched")
     part = (hub.folder / "fineweb_train_000001.partial").stat().st_size
     assert 10_000_000 <= part <= 15_000_000 and not (hub.folder / name).exists()
-    hub.breaks, hub.gets = {}, []
+    hub.breaks = {}
+    hub.gets = []
     assert fetch(hub, "1").returncode == 0
     assert hub.gets == [(name, part)] and same(hub, name)
 
@@ -132,23 +158,22 @@ def test_a_cut_shard_is_fetched_again(hub):
 
 def test_what_is_no_shard_is_refused(hub):
     hub.files["fineweb_train_000001.bin"] = b"<html>moved</html>"
-    done = fetch(hub, "1")
-    assert done.returncode == 1 and "not a whole shard" in done.stderr and "Traceback" not in done.stderr
-    assert not (hub.folder / "fineweb_train_000001.bin").exists() and not (hub.folder / "fineweb_train_000001.partial").exists()
+    failed(fetch(hub, "1"), "not a whole shard")
+    for suffix in (".bin", ".partial"):
+        assert not (hub.folder / f"fineweb_train_000001{suffix}").exists()
 
 
 def test_hub_does_not_answer(hub):
     hub.shutdown()
     hub.server_close()
-    done = fetch(hub, "1", port=hub.server_port)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and "could not be fetched from http://127.0.0.1" in last and "Traceback" not in done.stderr
+    failed(fetch(hub, "1"), "could not be fetched from http://127.0.0.1")
 
 
 @pytest.mark.parametrize("argument", ["0", "104", "many"])
 def test_bad_count(hub, argument):
     done = fetch(hub, argument)
-    assert done.returncode != 0 and "1 to 103" in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not hub.gets
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode != 0 and "1 to 103" in line and not hub.gets
 
 
 def test_disk_too_small(hub):
@@ -156,4 +181,5 @@ def test_disk_too_small(hub):
     size = shutil.disk_usage(script).free
     script.write_text(script.read_text().replace("5000 * 2", str(size)))
     done = fetch(hub, "1")
-    assert done.returncode == 1 and "GB free" in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not hub.gets
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and "GB free" in line and not hub.gets

@@ -327,25 +327,33 @@ def the_record(records, name):
     return folder
 
 
-@pytest.fixture
-def records(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A folder with two records from the published numbers, the second against the first, and their logs."""
+    folder = tmp_path_factory.mktemp("made")
     head = "devices: 8 x NVIDIA H100\nPyTorch 2.13.0\narguments: --seed=7 --muon_lr=0.03\n"
     head += f"muon_lr=0.03\n{TASK}\n"
     a_settings = head + calibrated(700)
     b_settings = head.replace("0.03", "0.04") + calibrated(680)
-    write_runs(tmp_path / "a", PRIOR, PRIOR_MS, settings=a_settings, script="def f():\n    return 1")
-    write_runs(tmp_path / "b", NEW, NEW_MS, settings=b_settings, script="def f():\n    return 2")
-    for log in (tmp_path / "b").glob("*.txt"):
+    write_runs(folder / "a", PRIOR, PRIOR_MS, settings=a_settings, script="def f():\n    return 1")
+    write_runs(folder / "b", NEW, NEW_MS, settings=b_settings, script="def f():\n    return 2")
+    for log in (folder / "b").glob("*.txt"):
         log.rename(log.with_name(f"later_{log.name}"))  # of one day the later log counts, not the name
-    folder = tmp_path / "records"
-    titles = ["--what=The first", "--note=Only a test."]
-    succeeded("new", "first", tmp_path / "a", f"--records={folder}", *titles)
-    succeeded("new", "another", tmp_path / "b", f"--records={folder}")
+    to = f"--records={folder}/records"
+    succeeded("new", "first", folder / "a", to, "--what=The first", "--note=Only a test.")
+    succeeded("new", "another", folder / "b", to)
     return folder
 
 
-def test_new(records, tmp_path):
+@pytest.fixture
+def records(made, tmp_path):
+    """A copy of the two records, with a copy of the logs beside it."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "records"
+
+
+def test_new(made):
+    records = made / "records"
     first = the_record(records, "first")
     text = (first / "README.md").read_text()
     for part in (
@@ -361,7 +369,7 @@ def test_new(records, tmp_path):
         assert part in text, part
     assert (first / "train_gpt.py").read_text() == "def f():\n    return 1\n"
     assert len(list((first / "logs").iterdir())) == 10 and is_png(first / "curves.png", 1000)
-    refused("new", "first", tmp_path / "a", f"--records={records}", says="exists already")
+    refused("new", "first", made / "a", f"--records={records}", says="exists already")
     another = the_record(records, "another")
     text = (another / "README.md").read_text()
     for part in ("+1 -1 lines, in `f`", "- `muon_lr: 0.03 -> 0.04`", f"Against `{first}`"):

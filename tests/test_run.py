@@ -1,4 +1,7 @@
-"""run.sh with a stand-in for the virtual environment's Python, which says how many GPUs there are and notes what it is told."""
+"""run.sh with a stand-in for the virtual environment's Python.
+
+The stand-in says how many GPUs there are, and notes what it is told.
+"""
 
 import shutil
 import subprocess
@@ -29,7 +32,8 @@ def project(tmp_path):
             (tmp_path / ".venv" / "bin" / name).write_text(STAND_IN.format(gpus=gpus))
             (tmp_path / ".venv" / "bin" / name).chmod(0o755)
         (tmp_path / "told").unlink(missing_ok=True)
-        done = subprocess.run(["bash", str(tmp_path / "run.sh"), *arguments], capture_output=True, text=True, cwd="/", timeout=30)
+        command = ["bash", str(tmp_path / "run.sh"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=30)
         told = (tmp_path / "told").read_text().splitlines() if (tmp_path / "told").exists() else []
         return done, told
 
@@ -39,7 +43,8 @@ def project(tmp_path):
 
 def test_without_a_gpu_it_makes_and_runs_the_sample(project):
     done, told = project(0, "--seed=3")
-    assert done.returncode == 0 and done.stdout == "run.sh: no CUDA GPU found, so this trains the small sample model on the CPU\n"
+    assert done.returncode == 0
+    assert done.stdout == "run.sh: no CUDA GPU found, so this trains the small sample model on the CPU\n"
     assert told == ["python data/sample.py", "python train_gpt.py --preset=sample --seed=3"]
 
 
@@ -59,11 +64,15 @@ def test_one_gpu_needs_no_torchrun(project):
 
 
 def test_nproc(project):
-    assert project(8, "--nproc=2", "--train_files=x")[1] == ["torchrun --standalone --nproc_per_node=2 train_gpt.py --train_files=x"]
-    assert project(0, "--nproc=2")[1][-1] == "torchrun --standalone --nproc_per_node=2 train_gpt.py --preset=sample"
+    launch = "torchrun --standalone --nproc_per_node=2 train_gpt.py"
+    assert project(8, "--nproc=2", "--train_files=x")[1] == [f"{launch} --train_files=x"]
+    assert project(0, "--nproc=2")[1][-1] == f"{launch} --preset=sample"
 
 
-@pytest.mark.parametrize("gpus, nproc, says", [(2, "3", "this machine has 2 GPUs"), (2, "0", "at least 1"), (0, "two", "--nproc=two")])
+@pytest.mark.parametrize(
+    "gpus, nproc, says",
+    [(2, "3", "this machine has 2 GPUs"), (2, "0", "at least 1"), (0, "two", "--nproc=two")],
+)
 def test_bad_nproc(project, gpus, nproc, says):
     done, told = project(gpus, f"--nproc={nproc}")
     assert done.returncode == 2 and not told
@@ -84,5 +93,7 @@ def test_pip_fails(project):
     python = project.folder / ".venv" / "bin" / "python"
     python.write_text("#!/bin/bash\nexit 1\n")
     python.chmod(0o755)
-    done = subprocess.run(["bash", str(project.folder / "run.sh")], capture_output=True, text=True, timeout=30)
-    assert done.returncode == 2 and done.stderr == "run.sh: pip could not install requirements.txt; the lines above say why\n"
+    command = ["bash", str(project.folder / "run.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr == "run.sh: pip could not install requirements.txt; the lines above say why\n"
