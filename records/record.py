@@ -1313,11 +1313,11 @@ def profiled_steps(log: Path) -> int:
         raise UsageError(f"{log}: cannot be read ({error.strerror}); name a log or its trace") from None
     _, start = script_span(data)
     found = PROFILED.findall(data, start)
-    if not found:
+    first, last = map(int, found[-1]) if found else (1, 0)
+    if last < first:
         raise UsageError(
             f"{log}: its run had no --profile=FROM:TO, or it is not a log; name another, or a trace"
         )
-    first, last = map(int, found[-1])
     return last - first + 1
 
 
