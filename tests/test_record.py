@@ -504,7 +504,8 @@ def test_bad_pictures_and_tables(tmp_path):
     refused("history", f"--readme={tmp_path}/README.md", says="the table's place is not marked")
     refused("history", f"--readme={tmp_path}/none.md", says="cannot be read")
     (tmp_path / "README.md").write_text("\n".join(record.MARKS))
-    for text in ("{", "[1]", '[{"losses": [1], "seconds": [1]}]'):
+    undated = dict(date="May", what="theirs", machine="8×H100", steps=None, losses=[3.2], seconds=[900])
+    for text in ("{", "[1]", '[{"losses": [1], "seconds": [1]}]', json.dumps([undated])):
         (tmp_path / "reported.json").write_text(text)
         refused("history", f"--records={tmp_path}", says="reported.json: cannot be read")
 
@@ -633,6 +634,7 @@ def test_parts_of_a_profile():
         "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL": "communication",
         "aten::pow": "other",
         "aten::linalg_vector_norm": "other",
+        "_normuon_kernel": "other",
         "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
     }
     assert {name: record.part_of(name) for name in names} == names
@@ -705,6 +707,7 @@ def test_profile_of_a_cpu(tmp_path):
         event("aten::mm", 100, 400, "cpu_op"),
         event("aten::matmul", 0, 1000, "cpu_op"),
         event("aten::copy_", 200, 100, "cpu_op"),
+        event("aten::t", 500, 50, "cpu_op"),
         event("aten::pow", 500, 200, "cpu_op"),
         event("aten::matmul", 300, 5000, "cpu_op", thread=8),
         event("train_step", 0, 90000, "user_annotation"),
@@ -715,8 +718,9 @@ def test_profile_of_a_cpu(tmp_path):
         "other 2.80 ms a step",
         "    2.700 ms     1.0 calls a step  aten::matmul",
         "    0.150 ms     0.5 calls a step  aten::mm",
-        "    0.100 ms     0.5 calls a step  aten::pow",
+        "    0.075 ms     0.5 calls a step  aten::pow",
         "    0.050 ms     0.5 calls a step  aten::copy_",
+        "    0.025 ms     0.5 calls a step  aten::t",
     ]
 
 
@@ -747,6 +751,9 @@ def test_profile_of_a_real_trace(tmp_path):
 def test_bad_profiles(tmp_path):
     plain = write_runs(tmp_path / "plain", [3.27], [1]) / "0.txt"
     refused("profile", plain, says="its run had no --profile")
+    line = "profile: steps 20 to 21, trace "  # as a script may quote it
+    quoting = write_runs(tmp_path / "quoting", [3.27], [1], script=f'"""\n{line}\n"""') / "0.txt"
+    refused("profile", quoting, says="its run had no --profile")
     refused("profile", tmp_path / "none.txt", says="none.txt: cannot be read")
     refused("profile", tmp_path, says="name a log or its trace")
     log = write_trace(tmp_path, [])
