@@ -1,14 +1,15 @@
-"""Train a GPT-2-class language model to 3.28 validation loss on FineWeb, fast: model, optimizers, loader and run in one file.
+"""Train a GPT-2-class language model to 3.28 validation loss on FineWeb, fast: the whole run in one file.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt.py [--name=value ...]    # any GPU count that divides --micro_batches
+    torchrun --standalone --nproc_per_node=8 train_gpt.py [--name=value ...]    # 8 GPUs, or fewer
     python train_gpt.py --preset=sample                                         # a small model on a CPU
     python train_gpt.py --help                                                  # every setting
 
-Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps took 320 ms and 15.6 GiB, with step 0 after 19
-to 21 s from warm caches, 69 s from empty ones; a version before took 211 ms on two and 107 ms on four. README.md says on what data.
+Part I, the recipe, is plain PyTorch: the settings, the model, the schedules, the optimizers' mathematics
+and the data. An idea is written there. Part II, the machine, makes it fast: Triton kernels for the model's
+operators, and parameters sharded over GPUs. Part III runs it: training, log, checkpoints, main.
+Each part is made of rooms, and a room uses only rooms above it.
 
-The rooms, in order: settings, kernels, model, optimizers, data, schedules, training, log, checkpoints, main.
-A room uses only rooms above it.
+MEASURED
 """
 
 import argparse
@@ -33,6 +34,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +48,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 IMPORTED = time.perf_counter()
 
-# ======================================================================================================================
+# Part I: Recipe
+# ======================================================================================================
 # Settings
 
 
@@ -56,7 +59,7 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer slot. Parallel paths read the same normed input, share the slot's lambdas, and their outputs are added."""
+    """One layer slot. Parallel paths read the same normalized input, and their outputs are added."""
 
     window: str = "short"  # "short" or "long": how far attention looks back
     value: int = -1  # index of the value embedding mixed into v, -1 for none
@@ -64,7 +67,7 @@ class Layer:
     mlp: int = 1  # parallel MLP paths
 
 
-# The layer table. A slot without paths runs nothing at all. --layers, --skips and --backout change it for one run.
+# The layer table. A slot without paths runs nothing. --layers, --skips and --backout change it for one run.
 LAYERS = (
     Layer(attention=0, mlp=0),  # 0
     Layer(value=1),  # 1
@@ -81,9 +84,13 @@ LAYERS = (
 )
 
 
-def setting(default, description: str):
-    """A dataclass field with its line for --help."""
-    return field(default=default, metadata={"help": description})
+def setting(default, description: str, low: float | None = None, high: float = math.inf):
+    """A field with its line for --help and its bounds; `low` is 1 by default for a whole number, else 0."""
+    low = int(type(default) is int) if low is None else low
+    return field(default=default, metadata={"help": description, "low": low, "high": high})
+
+
+BELOW_1 = math.nextafter(1, 0)
 
 
 @dataclass(frozen=True)
@@ -92,49 +99,51 @@ class Hyperparameters:
 
     preset: str = setting("record", "start from these settings: record or sample")
     # data
-    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, read once in the order of their names")
-    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards, of which the first is read")
+    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, read once, by name")
+    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards; the first is read")
     val_tokens: int = setting(10_485_760, "validation tokens")
     train_batch_size: int = setting(262_144, "tokens a step")
     train_max_seq_len: int = setting(2048, "tokens of a document that training reads at most")
     micro_batches: int = setting(8, "packed sequences that each batch is split into; more need less memory")
     val_batch_size: int = setting(2_097_152, "validation tokens a batch")
-    val_loss_every: int = setting(250, "steps between validations; 0 validates at the end only")
+    val_loss_every: int = setting(250, "steps between validations; 0 validates at the end only", low=0)
     # model
-    vocab_size: int = setting(50_257, "token ids; the last one is BOS, which begins each document")
-    model_dim: int = setting(768, "width of the residual stream")
+    vocab_size: int = setting(50_257, "token ids; the last, BOS, begins each document", low=2, high=65_536)
+    model_dim: int = setting(768, "width of the residual stream", low=12)
     num_heads: int = setting(6, "attention heads a path")
     layers: str = setting("", "changes to the layer table, as 5.mlp=0,0.attention=2,3.window=long,9.value=-1")
-    skips: str = setting("4-7", "long skips, from-to, as 4-7,3-8")
-    backout: int = setting(8, "layer whose output is taken back before the head; -1 for none")
+    skips: str = setting("4-7", "long skip connections, from-to, as 4-7,3-8")
+    backout: int = setting(8, "layer whose output the head subtracts; -1 for none", low=-1, high=11)
     # schedule
     num_scheduled_iterations: int = setting(2185, "steps of the learning rate and window schedules")
-    num_extension_iterations: int = setting(40, "steps after those, at the final learning rate and the longest window")
-    cooldown_frac: float = setting(0.5, "share of the scheduled steps over which the learning rate falls")
+    num_extension_iterations: int = setting(40, "steps after those, at the lowest learning rate", low=0)
+    cooldown_frac: float = setting(0.5, "share of the scheduled steps in which the rate falls", high=1)
     final_lr_scale: float = setting(0.1, "learning rate at the end, as a share of its peak")
-    windows: str = setting("1/3,3/7,5/11", "short/long windows in blocks of 128 tokens, each for an equal part of the scheduled steps")
+    windows: str = setting(
+        "1/3,3/7,5/11", "short/long windows in blocks of 128 tokens, by equal parts of the run"
+    )
     extension_window: str = setting("6/13", "windows of the extension")
     final_window: str = setting("6/20", "windows of the last validation")
     # optimizers
     muon_lr: float = setting(0.03, "NorMuon learning rate, for hidden and gate matrices")
     muon_weight_decay: float = setting(1.2, "NorMuon cautious weight decay")
-    muon_beta2: float = setting(0.95, "NorMuon second-moment decay")
-    momentum_low: float = setting(0.85, "NorMuon momentum at the first and the last step")
-    momentum_high: float = setting(0.95, "NorMuon momentum in between")
-    momentum_warmup: int = setting(300, "steps over which the momentum rises")
-    momentum_cooldown: int = setting(50, "last steps over which it falls back")
-    mlp_in_lr_mul: float = setting(2.0, "learning rate factor of the MLPs' input matrices")
+    muon_beta2: float = setting(0.95, "NorMuon second-moment decay", high=BELOW_1)
+    momentum_low: float = setting(0.85, "NorMuon momentum at the first and the last step", high=BELOW_1)
+    momentum_high: float = setting(0.95, "NorMuon momentum in between", high=BELOW_1)
+    momentum_warmup: int = setting(300, "steps in which the momentum rises", low=0)
+    momentum_cooldown: int = setting(50, "last steps, in which it falls back", low=0)
+    c_fc_lr_mul: float = setting(2.0, "learning rate factor of the MLPs' input matrices")
     adam_lr: float = setting(0.008, "DistAdam learning rate, for embeddings, head and scalars")
-    adam_beta1: float = setting(0.65, "DistAdam first-moment decay")
-    adam_beta2: float = setting(0.95, "DistAdam second-moment decay")
+    adam_beta1: float = setting(0.65, "DistAdam first-moment decay", high=BELOW_1)
+    adam_beta2: float = setting(0.95, "DistAdam second-moment decay", high=BELOW_1)
     embed_lr_mul: float = setting(75.0, "learning rate factor of token and value embeddings")
     head_lr_mul: float = setting(1.0, "learning rate factor of the head")
     scalar_lr_mul: float = setting(5.0, "learning rate factor of the scalars")
     # run
-    seed: int = setting(1337, "seed of the initial parameters")
-    warmup_steps: int = setting(2, "throw-away steps before the clock, which compile everything; 0 for none")
+    seed: int = setting(1337, "seed of the initial parameters", low=0, high=2**63 - 1)
+    warmup_steps: int = setting(2, "throw-away steps before the clock, which compile everything", low=0)
     log_dir: str = setting("logs", "folder of the logs and checkpoints")
-    save_every: int = setting(0, "steps between checkpoints, each in place of the one before; 0 for none")
+    save_every: int = setting(0, "steps between checkpoints, each replacing the last; 0 for none", low=0)
     save_checkpoint: bool = setting(False, "save a checkpoint at the end")
     resume: str = setting("", "go on from this checkpoint, or from the latest in the folder of the logs")
     profile: str = setting("", "profile these steps, FROM:TO, as 20:22, into a trace beside the log")
@@ -144,18 +153,13 @@ class Hyperparameters:
         return self.num_scheduled_iterations + self.num_extension_iterations
 
     @property
-    def train_tokens(self) -> int:
-        """Tokens of a training micro-batch."""
-        return self.train_batch_size // self.micro_batches
-
-    @property
-    def val_tokens_each(self) -> int:
+    def val_micro_batch_tokens(self) -> int:
         """Tokens of a validation micro-batch, but for the last, which may be shorter."""
         return self.val_batch_size // self.micro_batches
 
     @property
-    def classes(self) -> int:
-        """Rows of the head and of each table: the vocabulary padded to a multiple of 128."""
+    def padded_vocab_size(self) -> int:
+        """Rows of the head and of each embedding: the vocabulary, padded to a multiple of 128."""
         return math.ceil(self.vocab_size / 128) * 128
 
     @property
@@ -165,28 +169,42 @@ class Hyperparameters:
 
 PRESETS = {
     "record": {},
-    "sample": dict(
-        train_files="data/sample/sample_train_*.bin", val_files="data/sample/sample_val_*.bin", vocab_size=257,
-        model_dim=128, num_heads=4, train_batch_size=4096, train_max_seq_len=512, val_tokens=32_768, val_batch_size=8192,
-        val_loss_every=25, num_scheduled_iterations=105, num_extension_iterations=5,
-    ),
-}  # fmt: skip
+    "sample": {
+        "train_files": "data/sample/sample_train_*.bin",
+        "val_files": "data/sample/sample_val_*.bin",
+        "vocab_size": 257,
+        "model_dim": 128,
+        "num_heads": 4,
+        "train_batch_size": 4096,
+        "train_max_seq_len": 512,
+        "val_tokens": 32_768,
+        "val_batch_size": 8192,
+        "val_loss_every": 25,
+        "num_scheduled_iterations": 105,
+        "num_extension_iterations": 5,
+    },
+}
 
 
 def parse_settings(arguments: list[str]) -> Hyperparameters:
     """Settings from the command line: defaults, then the preset, then the flags.
 
-    Raises UsageError for an unknown flag (naming the closest one) and for a value of the wrong type; --help exits.
+    Raises UsageError for an unknown flag (naming the closest one) and for a value that is of the wrong type,
+    out of bounds or at odds with another; --help exits.
     """
     fields = dataclasses.fields(Hyperparameters)
     parser = argparse.ArgumentParser(
-        usage="train_gpt.py [--name=value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=200),
-    )  # fmt: skip
+        usage="train_gpt.py [--name=value ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=40, width=200),
+    )
     parser.error = _refuse_flag
     for f in fields:
+        kind = true_or_false if f.type is bool else f.type
         default = str(f.default).replace("%", "%%") or "(none)"
-        parser.add_argument(f"--{f.name}", type=true_or_false if f.type is bool else f.type, metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} [{default}]")
+        text = f"{f.metadata['help']} [{default}]"
+        parser.add_argument(f"--{f.name}", type=kind, metavar=f.type.__name__.upper(), help=text)
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -213,71 +231,77 @@ def _refuse_flag(message: str):
 
 
 def check_settings(s: Hyperparameters):
-    """Raise UsageError, naming the flag, when a value is out of range or does not fit another."""
-    optional = ("seed", "val_loss_every", "num_extension_iterations", "momentum_warmup", "momentum_cooldown", "warmup_steps", "save_every")
+    """Raise UsageError, naming the flag, when a value is out of its bounds or does not fit another."""
     for f in dataclasses.fields(s):
-        value = getattr(s, f.name)
-        if f.type is float and not (math.isfinite(value) and value >= 0):
-            raise UsageError(f"--{f.name}={value}: give a finite number of at least 0")
-        if f.type is int and f.name != "backout" and value < (f.name not in optional):
-            raise UsageError(f"--{f.name}={value}: give a number of at least {int(f.name not in optional)}")
-    for name in ("muon_beta2", "momentum_low", "momentum_high", "adam_beta1", "adam_beta2"):
-        if getattr(s, name) >= 1:
-            raise UsageError(f"--{name}={getattr(s, name)}: give a number below 1")
-    if s.cooldown_frac > 1:
-        raise UsageError(f"--cooldown_frac={s.cooldown_frac}: give a share of the scheduled steps, 0 to 1")
+        value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
+        if f.type in (int, float) and not (math.isfinite(value) and low <= value <= high):
+            upper = "" if high == math.inf else " and below 1" if high == BELOW_1 else f" and at most {high}"
+            raise UsageError(f"--{f.name}={value}: give a finite number of at least {low}{upper}")
     if s.train_batch_size % s.micro_batches:
-        raise UsageError(f"--train_batch_size={s.train_batch_size} is not a multiple of --micro_batches={s.micro_batches}; change one of them")
+        raise UsageError(
+            f"--train_batch_size={s.train_batch_size} is not a multiple of --micro_batches={s.micro_batches};"
+            " change one of them"
+        )
     if s.val_batch_size < s.micro_batches:
-        raise UsageError(f"--val_batch_size={s.val_batch_size} has no token for each of --micro_batches={s.micro_batches}; raise it")
-    if s.model_dim % (4 * s.num_heads) or s.model_dim < 12:
-        raise UsageError(f"--model_dim={s.model_dim}: give a multiple of 4 x --num_heads={s.num_heads}, at least 12")
-    if not 2 <= s.vocab_size <= 65_536:
-        raise UsageError(f"--vocab_size={s.vocab_size}: token ids are uint16, so give 2 to 65536")
-    for table in (layer_table, skip_table, window_table):
+        raise UsageError(
+            f"--val_batch_size={s.val_batch_size} has no token for each of --micro_batches={s.micro_batches};"
+            " raise it"
+        )
+    if s.model_dim % (4 * s.num_heads):
+        raise UsageError(f"--model_dim={s.model_dim}: give a multiple of 4 x --num_heads={s.num_heads}")
+    for table in (layer_table, skip_table, window_table, profiled_steps):
         table(s)
     for name in ("extension_window", "final_window"):
-        parse_window(s, name)
-    profiled_steps(s)
-    if s.backout != -1 and not (0 <= s.backout < len(LAYERS)):
-        raise UsageError(f"--backout={s.backout}: give a layer from 0 to {len(LAYERS) - 1}, or -1 for none")
+        parse_window(name, getattr(s, name))
 
 
 def layer_table(s: Hyperparameters) -> tuple[Layer, ...]:
-    """The layer table with the changes of --layers; raises UsageError for a change that it does not understand."""
+    """The layer table with the changes of --layers; raises UsageError for one that it does not understand."""
     table = list(LAYERS)
     for change in filter(None, s.layers.split(",")):
-        with contextlib.suppress(ValueError):
-            place, value = change.split("=")
-            index, column = place.split(".")
-            value = value if column == "window" else int(value)
-            legal = {"window": value in ("short", "long"), "value": column == "value" and -1 <= value < 16}
-            if int(index) in range(len(table)) and legal.get(column, column in ("attention", "mlp") and 0 <= value <= 16):
-                table[int(index)] = dataclasses.replace(table[int(index)], **{column: value})
-                continue
-        raise UsageError(f"--layers: cannot read {change!r}; write LAYER.COLUMN=VALUE with a layer from 0 to {len(LAYERS) - 1} and"
-                         " window=short|long, value=INDEX (0 to 15, -1 for none), attention=PATHS or mlp=PATHS (0 to 16)")  # fmt: skip
+        place, _, value = change.partition("=")
+        index, _, column = place.partition(".")
+        columns = {f.name for f in dataclasses.fields(Layer)}
+        if not (index.isdecimal() and int(index) < len(table) and column in columns):
+            value = None
+        elif column == "window":
+            value = value if value in ("short", "long") else None
+        else:
+            low, high = (-1, 15) if column == "value" else (0, 16)
+            value = int(value) if re.fullmatch(r"-?\d{1,3}", value) and low <= int(value) <= high else None
+        if value is None:
+            raise UsageError(
+                f"--layers: cannot read {change!r}; write LAYER.COLUMN=VALUE with a layer from 0 to"
+                f" {len(LAYERS) - 1} and window=short|long, value=INDEX (0 to 15, -1 for none),"
+                " attention=PATHS or mlp=PATHS (0 to 16)"
+            )
+        table[int(index)] = dataclasses.replace(table[int(index)], **{column: value})
     if not any(layer.attention or layer.mlp for layer in table):
         raise UsageError("--layers leaves no layer with a path; keep at least one")
     return tuple(table)
 
 
 def skip_table(s: Hyperparameters) -> tuple[tuple[int, int], ...]:
-    """The long skips as (from, to) pairs; raises UsageError when one does not run forward between two layers."""
+    """The long skip connections as (from, to) pairs; raises UsageError when one cannot run."""
     skips = []
     for text in filter(None, s.skips.split(",")):
         source, _, target = text.partition("-")
         if not (source.isdecimal() and target.isdecimal() and int(source) < int(target) < len(LAYERS)):
-            raise UsageError(f"--skips: cannot read {text!r}; write FROM-TO, as 4-7, with FROM below TO below {len(LAYERS)}")
-        if not (layer_table(s)[int(target)].attention or layer_table(s)[int(target)].mlp):
-            raise UsageError(f"--skips: {text!r} ends at layer {target}, which has no path and so runs nothing; end it elsewhere")
+            raise UsageError(
+                f"--skips: cannot read {text!r}; write FROM-TO, as 4-7, FROM below TO below {len(LAYERS)}"
+            )
+        layer = layer_table(s)[int(target)]
+        if not (layer.attention or layer.mlp):
+            raise UsageError(
+                f"--skips: {text!r} ends at layer {target}, which has no path and so runs nothing;"
+                " end it elsewhere"
+            )
         skips.append((int(source), int(target)))
     return tuple(skips)
 
 
-def parse_window(s: Hyperparameters, name: str, text: str | None = None) -> tuple[int, int]:
-    """(short, long) windows in tokens from a pair such as 3/7, in blocks; raises UsageError."""
-    text = getattr(s, name) if text is None else text
+def parse_window(name: str, text: str) -> tuple[int, int]:
+    """(short, long) windows in tokens from a pair such as 3/7, in blocks; raises UsageError for others."""
     short, _, long = text.partition("/")
     if not (short.isdecimal() and long.isdecimal() and 1 <= int(long) <= 10_000 and int(short) <= 10_000):
         raise UsageError(f"--{name}: cannot read {text!r}; write SHORT/LONG in blocks of 128 tokens, as 3/7")
@@ -286,14 +310,18 @@ def parse_window(s: Hyperparameters, name: str, text: str | None = None) -> tupl
 
 def window_table(s: Hyperparameters) -> list[tuple[int, int]]:
     """The scheduled (short, long) windows, in tokens."""
-    return [parse_window(s, "windows", text) for text in s.windows.split(",")]
+    return [parse_window("windows", text) for text in s.windows.split(",")]
 
 
 def profiled_steps(s: Hyperparameters) -> range:
     """The steps of --profile, none by default; raises UsageError."""
     start, _, end = s.profile.partition(":")
-    if s.profile and not (start.isdecimal() and end.isdecimal() and int(start) < int(end) <= s.total_steps):
-        raise UsageError(f"--profile: cannot read {s.profile!r}; write FROM:TO, as 20:22, with FROM below TO, at most {s.total_steps}")
+    whole = start.isdecimal() and end.isdecimal() and int(start) < int(end) <= s.total_steps
+    if s.profile and not whole:
+        raise UsageError(
+            f"--profile: cannot read {s.profile!r}; write FROM:TO, as 20:22, with FROM below TO,"
+            f" at most {s.total_steps}"
+        )
     return range(int(start), int(end)) if s.profile else range(0)
 
 
@@ -307,92 +335,810 @@ def describe_settings(s: Hyperparameters) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class World:
-    """Where this process stands: its rank, the number of processes and the device that it computes on."""
+# ======================================================================================================
+# Model: every operator is defined here, in plain PyTorch, and the definitions are the model. T is the
+# number of packed tokens, C the width, H the number of heads, D = C / H, V the padded vocabulary.
 
-    rank: int = 0
-    size: int = 1
-    device: torch.device = torch.device("cpu")
-    fp8: bool = False  # whether the head trains in FP8, and on Hopper most forward products of the blocks
+GATE_CHANNELS = 12  # gates read only the first channels of the residual stream
+SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5
+
+
+class Operator:
+    """A function of tensors. Its definition is the model; Part II may have a fused version that runs instead.
+
+    To change a definition, write `@unfused` above it in place of `@Operator`: then it runs as it stands,
+    compiled on a GPU, with the fused versions of the operators that it calls. Where a fused version writes
+    over its first argument, the operator's name ends in an underscore.
+    """
+
+    every: list["Operator"] = []
+
+    def __init__(self, definition, fusible: bool = True):
+        functools.update_wrapper(self, definition)
+        self.definition, self.fusible = definition, fusible
+        self.run, self.fused = definition, None
+        Operator.every.append(self)
+
+    def __call__(self, *args):
+        return self.run(*args)
+
+
+unfused = functools.partial(Operator, fusible=False)
+
+
+class Batch(NamedTuple):
+    """Packed documents, int32 (T,): tokens, next tokens, first and last index of each token's document."""
+
+    inputs: Tensor
+    targets: Tensor
+    doc_start: Tensor
+    doc_end: Tensor
+
+
+class StepInputs(NamedTuple):
+    """What a step sets for the model. In training, numbers come as tensors and true or false as it is."""
+
+    short_window: int  # how many tokens back the layers of each kind attend
+    long_window: int
+
+
+class Mask(NamedTuple):
+    """Query i attends to keys first_key[i] to i, so key j meets queries j to last_query[j]: int32 (T,)."""
+
+    first_key: Tensor  # neither ever decreases
+    last_query: Tensor
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMS norm over the last axis, without a weight (arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x (T, H, D); the halves of a head are the pairs' two parts."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos[: len(x), None], sin[: len(x), None]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+@Operator
+def embedding(tokens: Tensor, table: Tensor) -> Tensor:
+    """Rows (T, C) of a table (V, C) for tokens, int32 (T,)."""
+    return F.embedding(tokens, table)
+
+
+@Operator
+def smear(e: Tensor, gate: Tensor, smear_lambda: Tensor) -> Tensor:
+    """Add to each embedding (T, C) a gated share of the one before it, then normalize. gate: (1, 12)."""
+    shares = smear_lambda * torch.sigmoid(F.linear(e[1:, :GATE_CHANNELS], gate))
+    return rms_norm(torch.cat([e[:1], e[1:] + shares * e[:-1]]))
+
+
+@Operator
+def mix_norm(x: Tensor, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x = a x + b x0 and its RMS norm. lambdas: a layer's a, b, l0, l1, float32 (4,)."""
+    a, b, _, _ = lambdas.unbind()
+    x = a * x + b * x0
+    return x, rms_norm(x)
+
+
+@Operator
+def norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the residual stream as it is, and its RMS norm."""
+    return x, rms_norm(x)
+
+
+@Operator
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: Tensor) -> Tensor:
+    """Attention of q, k and v (T, H, D) under a mask, with the softmax scale given (arXiv 2205.14135)."""
+    position = torch.ones_like(mask.first_key).cumsum(0) - 1  # 0 to T - 1
+    visible = (mask.first_key[:, None] <= position) & (position <= position[:, None])
+    q, k, v = (t.transpose(0, 1)[None] for t in (q * scale, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)[0].transpose(0, 1)
+
+
+@Operator
+def attention_(x, h, qkvo, gate, lambdas, ve, rotary, mask: Mask) -> Tensor:
+    """The residual stream x (T, C) plus self-attention over its norm h. The fused version writes over x.
+
+    qkvo: (C, 4 C), the row-major view of Q, K, V and O, each (C, C), output by input. gate: (H, 12), the gate
+    of each head's output. lambdas: as in `mix_norm`; l0 and l1 weigh v and each token's value embedding ve
+    (T, C), if the layer has one (value residual, arXiv 2410.17897). rotary: a `Rotary`.
+    """
+    T, C = x.shape
+    H = len(gate)
+    _, _, l0, l1 = lambdas.unbind()
+    w_qkv, w_o = qkvo.view(4 * C, C).split([3 * C, C])
+    q, k, v = F.linear(h, w_qkv).view(T, 3, H, C // H).unbind(1)
+    q = apply_rotary(rms_norm(q), rotary.cos, rotary.sin)
+    k = apply_rotary(rms_norm(k), rotary.cos, rotary.sin)
+    v = l0 * v if ve is None else l0 * v + l1 * ve.view_as(v)
+    y = flash_attention(q, k, v, mask, rotary.scale)
+    y = y * torch.sigmoid(F.linear(h[:, :GATE_CHANNELS], gate))[:, :, None]
+    return x + F.linear(y.reshape(T, C), w_o)
+
+
+@Operator
+def mlp(x: Tensor, h: Tensor, c_fc: Tensor, c_proj: Tensor) -> Tensor:
+    """The residual stream x (T, C) plus a ReLU^2 MLP (arXiv 2109.08668) over h. Both weights: (C, 4 C)."""
+    return x + F.linear(torch.relu(h @ c_fc).square(), c_proj)
+
+
+@Operator
+def skip(x: Tensor, earlier: Tensor, gate: Tensor) -> Tensor:
+    """A long skip connection: add an earlier layer's output, times its gate's sigmoid."""
+    return x + torch.sigmoid(gate) * earlier
+
+
+@Operator
+def backout(x: Tensor, earlier: Tensor | None, backout_lambda: Tensor) -> Tensor:
+    """Subtract a share of an earlier layer's output, if one is given, then normalize: the head's input."""
+    return rms_norm(x if earlier is None else x - backout_lambda * earlier)
+
+
+def softcap(z: Tensor) -> Tensor:
+    """Bound logits smoothly, in float32 (arXiv 2408.00118)."""
+    return SOFTCAP * torch.sigmoid(z.float() / SOFTCAP_SLOPE)
+
+
+@Operator
+def softcapped_cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of targets, int32 (T,), under logits z (T, V) once they are softcapped: float32 (T,)."""
+    return F.cross_entropy(softcap(z), targets.long(), reduction="none")
+
+
+@Operator
+def head_loss(h: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each token, float32 (T,), from the head's input h (T, C). lm_head: (V, C)."""
+    return softcapped_cross_entropy(F.linear(h, lm_head), targets)
+
+
+def trained(value: Tensor, optimizer: str, lr_mul: float = 1.0, matrices: int = 1) -> nn.Parameter:
+    """A parameter, registered with its optimizer, "normuon" or "adam", and a factor of that one's rate.
+
+    NorMuon takes it as so many matrices, end to end in memory. The order in which modules create their
+    parameters is that in which they read them, and so that in which processes send them.
+    """
+    parameter = nn.Parameter(value)
+    parameter.optimizer = optimizer
+    parameter.lr_mul = lr_mul
+    parameter.matrices = matrices
+    return parameter
+
+
+def hidden_matrices(count: int, C: int, drawn: int, generator, lr_mul=1.0, matrices=1) -> nn.ParameterList:
+    """Matrices (C, 4 C), of which `drawn` of four quarters are uniform and the rest zero."""
+    bound = 3**0.5 * 0.5 * C**-0.5
+    stack = torch.zeros(count, 4, C, C)
+    stack[:, :drawn].uniform_(-bound, bound, generator=generator)
+    return nn.ParameterList(trained(w, "normuon", lr_mul, matrices) for w in stack.view(count, C, 4 * C))
+
+
+class Rotary(nn.Module):
+    """Half-truncated rotary embedding: half of a head's columns turn, by their index in the packed sequence.
+
+    Frequencies (radians a token) and softmax scale change when the long window grows (`extend_context`).
+    """
+
+    def __init__(self, head_dim: int, max_tokens: int, dtype: torch.dtype):
+        super().__init__()
+        turning = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
+        self.register_buffer("position", torch.arange(max_tokens, dtype=torch.int32))
+        self.register_buffer("frequencies", torch.cat([turning, torch.zeros(head_dim // 4)]))
+        self.register_buffer("scale", torch.tensor(0.1))
+        self.register_buffer("cos", torch.empty(max_tokens, head_dim // 2, dtype=dtype))
+        self.register_buffer("sin", torch.empty(max_tokens, head_dim // 2, dtype=dtype))
+        self.fill()
+
+    def fill(self):
+        """Compute the tables from the frequencies, in place."""
+        theta = torch.outer(self.position.float(), self.frequencies)
+        self.cos.copy_(theta.cos())
+        self.sin.copy_(theta.sin())
+
+
+class Block(nn.Module):
+    """One layer: attention paths, then MLP paths. A path's matrices are entry i of each list."""
+
+    def __init__(self, s: Hyperparameters, layer: Layer, dtype: torch.dtype, generator: torch.Generator):
+        super().__init__()
+        C, H = s.model_dim, s.num_heads
+        gates = torch.zeros(layer.attention, H, GATE_CHANNELS, dtype=dtype)
+        self.lambdas = trained(torch.tensor([1.1, 0.0, 0.5, 0.5]), "adam", s.scalar_lr_mul)  # a, b, l0, l1
+        self.qkvo = hidden_matrices(layer.attention, C, 3, generator, matrices=4)
+        self.gate = nn.ParameterList(trained(gate, "normuon") for gate in gates)
+        self.c_fc = hidden_matrices(layer.mlp, C, 4, generator, lr_mul=s.c_fc_lr_mul)
+        self.c_proj = hidden_matrices(layer.mlp, C, 0, generator)
+
+    def forward(self, x: Tensor, x0: Tensor, ve: Tensor | None, rotary: nn.Module, mask: Mask) -> Tensor:
+        x, h = mix_norm(x, x0, self.lambdas)
+        for qkvo, gate in zip(self.qkvo, self.gate, strict=True):
+            x = attention_(x, h, qkvo, gate, self.lambdas, ve, rotary, mask)
+        if self.qkvo and self.c_fc:
+            x, h = norm(x)
+        for c_fc, c_proj in zip(self.c_fc, self.c_proj, strict=True):
+            x = mlp(x, h, c_fc, c_proj)
+        return x
+
+
+class Head(nn.Module):
+    """The language-model head and its loss."""
+
+    def __init__(self, s: Hyperparameters, dtype: torch.dtype):
+        super().__init__()
+        self.weight = trained(
+            torch.zeros(s.padded_vocab_size, s.model_dim, dtype=dtype), "adam", s.head_lr_mul
+        )
+
+    def forward(self, h: Tensor, targets: Tensor) -> Tensor:
+        if self.training:
+            return head_loss(h, self.weight, targets)
+        # A slice at a time: all logits of a validation batch would not fit in memory at once.
+        parts = zip(h.split(8192), targets.split(8192), strict=True)
+        return torch.cat([head_loss(part, self.weight, wanted) for part, wanted in parts])
+
+
+class GPT(nn.Module):
+    """The language model, for packed sequences of at most max_tokens.
+
+    Parameters are drawn in float32 from the seed; embeddings, head and gates are cast to dtype.
+    """
+
+    def __init__(self, s: Hyperparameters, max_tokens: int, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(s.seed)
+        self.layers, self.skips, self.backout_layer = layer_table(s), skip_table(s), s.backout
+
+        def table() -> nn.Parameter:
+            rows = torch.randn(s.padded_vocab_size, s.model_dim, generator=generator)
+            return trained(rows.to(dtype), "adam", s.embed_lr_mul)
+
+        self.smear_gate = trained(torch.zeros(1, GATE_CHANNELS, dtype=dtype), "normuon")
+        self.smear_lambda = trained(torch.tensor(0.0), "adam", s.scalar_lr_mul)
+        self.backout_lambda = trained(torch.tensor(0.5), "adam", s.scalar_lr_mul)
+        self.skip_gates = trained(torch.full((len(self.skips),), -1.5), "adam", s.scalar_lr_mul)
+        self.embed = table()
+        self.value_embeds = nn.ParameterList(table() for _ in range(1 + max(x.value for x in self.layers)))
+        self.blocks = nn.ModuleList(Block(s, layer, dtype, generator) for layer in self.layers)
+        self.lm_head = Head(s, dtype)
+        self.rotary = Rotary(s.model_dim // s.num_heads, max_tokens, dtype)
+
+    def trunk(self, batch: Batch, inputs: StepInputs) -> Tensor:
+        """The head's input (T, C)."""
+        position = self.rotary.position[: len(batch.inputs)]
+        masks = {}
+        for kind, window in (("short", inputs.short_window), ("long", inputs.long_window)):
+            first_key = torch.maximum(batch.doc_start, position - window)
+            masks[kind] = Mask(first_key, torch.minimum(batch.doc_end, position + window))
+        ve = [embedding(batch.inputs, table) for table in self.value_embeds]
+        x = x0 = smear(embedding(batch.inputs, self.embed), self.smear_gate, self.smear_lambda)
+        outputs, skip_gates = {}, self.skip_gates.unbind()
+        for i, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
+            if layer.attention or layer.mlp:
+                for (source, target), gate in zip(self.skips, skip_gates, strict=True):
+                    if target == i:
+                        x = skip(x, outputs[source], gate)
+                value = ve[layer.value] if layer.value >= 0 else None
+                x = block(x, x0, value, self.rotary, masks[layer.window])
+            if i == self.backout_layer or any(i == source for source, _ in self.skips):
+                outputs[i] = x
+        return backout(x, outputs.get(self.backout_layer), self.backout_lambda)
+
+    def forward(self, batch: Batch, inputs: StepInputs) -> Tensor:
+        """Loss of each token, float32 (T,)."""
+        return self.lm_head(self.trunk(batch, inputs), batch.targets)
+
+    def logits(self, batch: Batch, inputs: StepInputs) -> Tensor:
+        """Softcapped logits, float32 (T, V), those beyond the vocabulary included."""
+        return softcap(F.linear(self.trunk(batch, inputs), self.lm_head.weight))
+
+
+# ======================================================================================================
+# Schedules: functions of the step, which counts from 0
+
+
+class StepShape(NamedTuple):
+    """What a step's batch is made of."""
+
+    micro_batches: int  # packed sequences, dealt to all processes
+    micro_batch_tokens: int
+    max_seq_len: int  # tokens of a document that are read at most
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of activations and products: bf16 on a GPU, float32 on a CPU."""
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+    def tokens(self) -> int:
+        return self.micro_batches * self.micro_batch_tokens
 
 
-def connect(s: Hyperparameters) -> World:
-    """Join the processes that torchrun started, if it did; raises UsageError where they fit neither the GPUs nor the settings."""
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    gpus, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if gpus and local_size > gpus:
-        raise UsageError(f"--nproc_per_node={local_size}, but this machine has {gpus} GPUs; start at most {gpus} processes")
-    if s.micro_batches % size:
-        raise UsageError(f"--micro_batches={s.micro_batches} cannot be dealt to {size} processes; give a multiple of {size}")
-    head_dim = s.model_dim // s.num_heads
-    if gpus and (head_dim < 16 or head_dim & (head_dim - 1) or s.train_tokens % 16):
-        raise UsageError(f"--num_heads={s.num_heads} makes heads {head_dim} wide and --micro_batches={s.micro_batches} packs {s.train_tokens}"
-                         " tokens; a GPU needs a power of two of at least 16, and a multiple of 16")  # fmt: skip
-    device = torch.device("cuda", local) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
-    return World(rank, size, device, fp8=bool(gpus) and torch.cuda.get_device_capability(device) >= (8, 9))
+def step_shape(step: int, s: Hyperparameters) -> StepShape:
+    """The shape of a step."""
+    return StepShape(s.micro_batches, s.train_batch_size // s.micro_batches, s.train_max_seq_len)
 
 
-# ======================================================================================================================
-# Kernels: each a plain reference, which is the definition, and its Triton twin, behind one function.
+def longest_sequence(s: Hyperparameters) -> int:
+    """Tokens of the longest micro-batch of training or validation."""
+    return max(s.val_micro_batch_tokens, *(step_shape(i, s).micro_batch_tokens for i in range(s.total_steps)))
+
+
+def learning_rate_scale(step: int, s: Hyperparameters) -> float:
+    """Factor of every learning rate: 1, then a linear fall in the last cooldown_frac of the schedule."""
+    progress = min(0.9999, step / s.num_scheduled_iterations)
+    if progress < 1 - s.cooldown_frac:
+        return 1.0
+    left = (1 - progress) / s.cooldown_frac
+    return left + s.final_lr_scale * (1 - left)
+
+
+def muon_momentum(step: int, s: Hyperparameters) -> float:
+    """NorMuon's momentum: a rise at the start, which goes first in a short run, and a fall at the end."""
+    span = s.momentum_high - s.momentum_low
+    falling = s.total_steps - s.momentum_cooldown
+    if step < s.momentum_warmup:
+        return s.momentum_low + span * step / s.momentum_warmup
+    if step > falling:
+        return s.momentum_high - span * (step - falling) / s.momentum_cooldown
+    return s.momentum_high
+
+
+def is_adam_step(step: int) -> bool:
+    """Whether Adam updates in a step: in every odd one, by the gradients of two."""
+    return step % 2 == 1
+
+
+def attention_windows(step: int, s: Hyperparameters) -> tuple[int, int]:
+    """(short, long) attention windows in tokens; after the last step, those of the last validation."""
+    if step >= s.total_steps:
+        return parse_window("final_window", s.final_window)
+    if step >= s.num_scheduled_iterations:
+        return parse_window("extension_window", s.extension_window)
+    table = window_table(s)
+    return table[step * len(table) // s.num_scheduled_iterations]
+
+
+def step_inputs(step: int, s: Hyperparameters) -> StepInputs:
+    """The numbers that the model reads in a step, and in a validation before it."""
+    short, long = attention_windows(step, s)
+    return StepInputs(short_window=short, long_window=long)
+
+
+class Variant(NamedTuple):
+    """What a step's code depends on. A run compiles and records each of its variants once, at the start."""
+
+    shape: StepShape
+    choices: tuple[bool, ...]  # the step inputs that are true or false
+
+
+def step_variant(step: int, s: Hyperparameters) -> Variant:
+    """The variant of a step."""
+    return Variant(step_shape(step, s), tuple(x for x in step_inputs(step, s) if type(x) is bool))
+
+
+def first_steps(s: Hyperparameters) -> dict[Variant, int]:
+    """Every variant of the run, with the first step that has it."""
+    return {step_variant(step, s): step for step in reversed(range(s.total_steps))}
+
+
+def extend_context(rotary: Rotary, old: int, new: int):
+    """Adapt to a long window that grows from old to new tokens: slow frequencies stretch, fast ones stay.
+
+    This is YaRN (arXiv 2309.00071), which also raises the softmax scale.
+    """
+    rotations = old * rotary.frequencies / (2 * math.pi)
+    keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
+    rotary.frequencies.mul_(old / new + keep * (1 - old / new))
+    rotary.scale.mul_(1 + 0.2 * math.log(new / old))
+    rotary.fill()
+
+
+def begin_step(model: GPT, step: int, s: Hyperparameters):
+    """Change in the model what changes between steps. Parameters may change only where the variant does."""
+    if step and (new := attention_windows(step, s)[1]) != (old := attention_windows(step - 1, s)[1]):
+        extend_context(model.rotary, old, new)
+
+
+# ======================================================================================================
+# Optimizers' mathematics. Learning rates, momentum and counts are float32 scalar tensors.
+
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(u: Tensor) -> Tensor:
+    """Near the orthogonal polar factor of each matrix (..., rows, cols), in u's dtype (arXiv 2505.16932)."""
+    x = u.flatten(0, -3)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        A = x @ x.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        x = torch.baddbmm(x, B, x, beta=a)
+    return (x.mT if tall else x).view_as(u)
+
+
+def nesterov(g: Tensor, m: Tensor, momentum: Tensor, grad_accum_steps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nesterov's direction, in dtype, by the mean of accumulated gradients g; updates momentum m in place."""
+    g = g.to(m.dtype) / grad_accum_steps
+    m.lerp_(g, 1 - momentum)
+    return g.lerp(m, momentum).to(dtype)
+
+
+def normuon_update(w: Tensor, u: Tensor, v: Tensor, lr: Tensor, lr_mul: Tensor, s: Hyperparameters):
+    """Update matrices w (..., rows, cols) and second moment v (..., 1, cols) by directions u, in place.
+
+    A second moment a column that keeps the Frobenius norm (NorMuon, arXiv 2510.05491), and cautious weight
+    decay (arXiv 2510.12402). lr_mul: (..., 1, 1), not applied to the decay.
+    """
+    mean = u.float().square().mean(-2, keepdim=True)
+    v.lerp_(mean.to(v.dtype), 1 - s.muon_beta2)
+    floored = v.float().clamp(min=1e-10)
+    rows = w.size(-2)
+    norm_before = (rows * mean.sum(-1, keepdim=True)).sqrt()
+    norm_after = (rows * (mean / floored).sum(-1, keepdim=True)).sqrt()
+    u = u * (floored.rsqrt() * (norm_before / norm_after.clamp(min=1e-10)))
+    u = u + (lr * s.muon_weight_decay) * w * (u * w >= 0)
+    w -= (lr * max(1, rows / w.size(-1)) ** 0.5) * lr_mul * u
+
+
+class Moments(NamedTuple):
+    """An optimizer's memory of gradients (first) and of their squares (second)."""
+
+    first: Tensor
+    second: Tensor
+
+
+def adam_rate(t: int, s: Hyperparameters) -> float:
+    """Factor of the learning rate in Adam's t-th update, from 1, that corrects the moments' bias."""
+    return (1 - s.adam_beta2**t) ** 0.5 / (1 - s.adam_beta1**t)
+
+
+def adam_update(
+    p: Tensor, g: Tensor, moments: Moments, lr: Tensor, grad_accum_steps: Tensor, s: Hyperparameters
+):
+    """An Adam step (arXiv 1412.6980), in place, by the mean of accumulated gradients g. All of one shape."""
+    g = g / grad_accum_steps
+    moments.first.lerp_(g, 1 - s.adam_beta1)
+    moments.second.lerp_(g.square(), 1 - s.adam_beta2)
+    p -= moments.first / (moments.second.sqrt() + 1e-8) * lr
+
+
+# ======================================================================================================
+# Data: shards, and which documents make which step
+
+MAGIC, VERSION, HEADER = 20240520, 1, 256  # a shard: that many little-endian int32, then uint16 tokens
+FETCH = "python data/cached_fineweb10B.py"
+
+
+def read_shard(path: str, vocab_size: int) -> np.ndarray:
+    """The tokens of a shard, uint16. Raises UsageError unless the file is whole and of this vocabulary."""
+    try:
+        with open(path, "rb") as file:
+            header = np.fromfile(file, "<i4", HEADER)
+            tokens = np.fromfile(file, "<u2")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); fetch it again with: {FETCH}") from None
+    found = header[0] if len(header) else "nothing"
+    if len(header) < HEADER or header[0] != MAGIC:
+        problem = f"not a token shard (magic number {found}, want {MAGIC})"
+    elif header[1] != VERSION:
+        problem = f"shard version {header[1]}, want {VERSION}"
+    elif len(tokens) != header[2]:
+        problem = f"holds {len(tokens)} tokens where its header says {header[2]}"
+    else:
+        problem = None
+    if problem:
+        raise UsageError(f"{path}: {problem}; remove it and run: {FETCH}")
+    if len(tokens) and tokens.max() >= vocab_size:
+        raise UsageError(
+            f"{path}: token {tokens.max()} is beyond the vocabulary; raise --vocab_size or give other shards"
+        )
+    return tokens
+
+
+def find_shards(pattern: str, flag: str) -> list[str]:
+    """The shards that match a pattern, by name; raises UsageError when there is none."""
+    if not (paths := sorted(glob.glob(pattern))):
+        raise UsageError(
+            f"--{flag}={pattern} matches no file; fetch FineWeb with: {FETCH}, or make the sample with:"
+            " python data/sample.py"
+        )
+    return paths
+
+
+def pack(ends: np.ndarray, first: int, shape: StepShape) -> np.ndarray | None:
+    """Deal the documents of a shard, from the first-th on, to the micro-batches of a step.
+
+    ends: the sum of the documents' lengths, as far as training reads them, up to each. Micro-batch i gets the
+    documents cuts[i] to cuts[i + 1], which fill its tokens and one more. None when the shard cannot fill all.
+    """
+    cuts = [first]
+    for _ in range(shape.micro_batches):
+        before = ends[cuts[-1] - 1] if cuts[-1] else 0
+        cuts.append(int(np.searchsorted(ends, before + shape.micro_batch_tokens + 1)) + 1)
+        if cuts[-1] > len(ends):
+            return None
+    return np.array(cuts)
+
+
+def packed(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The fields of a Batch, int32 (4, T), from T + 1 tokens and the indices at which documents start."""
+    T = len(tokens) - 1
+    bounds = np.append(starts[starts < T], T)
+    spans = np.diff(bounds)
+    doc_start, doc_end = np.repeat(bounds[:-1], spans), np.repeat(bounds[1:] - 1, spans)
+    return np.stack([tokens[:-1], tokens[1:], doc_start, doc_end]).astype(np.int32)
+
+
+class PlannedStep(NamedTuple):
+    """Which documents of which shard a step's micro-batches get, as `pack` says."""
+
+    shard: int
+    cuts: np.ndarray
+
+
+class TrainData:
+    """BOS-aligned training batches: a pure function of the step.
+
+    Documents come in the order of files and tokens; each gives its first max_seq_len tokens at most. A step's
+    micro-batches come from one shard: when it cannot fill all, the next begins. All shards are indexed in the
+    background from the start, and read again one ahead of their turn.
+    """
+
+    def __init__(self, s: Hyperparameters):
+        self.s = s
+        self.paths = find_shards(s.train_files, "train_files")
+        self.readers = ThreadPoolExecutor(2)
+        self.starts = [self.readers.submit(self._document_starts, path) for path in self.paths]
+        self.loads, self.ends = {}, {}
+        self.plan: list[PlannedStep] = []
+
+    def _document_starts(self, path: str) -> np.ndarray:
+        """Where documents start in a shard and, as the last, where the last one ends."""
+        tokens = read_shard(path, self.s.vocab_size)
+        starts = np.flatnonzero(tokens == self.s.bos)
+        if not len(starts):
+            raise UsageError(
+                f"{path}: holds no BOS token {self.s.bos}, so no document starts; give other --train_files or"
+                " --vocab_size"
+            )
+        return np.append(starts, len(tokens))
+
+    def _ends(self, shard: int, max_seq_len: int) -> np.ndarray:
+        """The sums of document lengths that `pack` takes; the last ones are kept."""
+        if (shard, max_seq_len) not in self.ends:
+            lengths = np.minimum(np.diff(self.starts[shard].result()), max_seq_len)
+            self.ends = {(shard, max_seq_len): lengths.cumsum()}
+        return self.ends[shard, max_seq_len]
+
+    def planned(self, step: int) -> PlannedStep | None:
+        """The plan of a step; None when the shards end before it."""
+        while len(self.plan) <= step:
+            shape = step_shape(len(self.plan), self.s)
+            shard, first = (self.plan[-1].shard, self.plan[-1].cuts[-1]) if self.plan else (0, 0)
+            while (cuts := pack(self._ends(shard, shape.max_seq_len), first, shape)) is None:
+                shard, first = shard + 1, 0
+                if shard == len(self.paths):
+                    return None
+            self.plan.append(PlannedStep(shard, cuts))
+        return self.plan[step]
+
+    def check(self):
+        """Wait until the plan covers the run; raise UsageError when the shards feed too few steps."""
+        if not (last := self.planned(self.s.total_steps - 1)):
+            raise UsageError(
+                f"--train_files={self.s.train_files} feeds {len(self.plan)} steps of the"
+                f" {self.s.total_steps}; fetch more with: {FETCH} N (N shards, up to 103), or lower"
+                " --num_scheduled_iterations"
+            )
+        for unread in self.starts[last.shard + 1 :]:
+            unread.cancel()
+
+    def _tokens(self, shard: int) -> np.ndarray:
+        """A shard's tokens; the next shard begins to load, and earlier ones are let go."""
+        for near in range(shard, min(shard + 2, len(self.paths))):
+            if near not in self.loads:
+                self.loads[near] = self.readers.submit(read_shard, self.paths[near], self.s.vocab_size)
+        for done in [key for key in self.loads if key < shard]:
+            del self.loads[done]
+        tokens, starts = self.loads[shard].result(), self.starts[shard].result()
+        if len(tokens) != starts[-1] or not (tokens[starts[:-1]] == self.s.bos).all():
+            raise UsageError(
+                f"{self.paths[shard]}: changed since the run began; restore it, and go on with"
+                " --resume=latest if checkpoints are on"
+            )
+        return tokens
+
+    def micro_batches(self, step: int, chosen: range) -> np.ndarray:
+        """The chosen micro-batches of a step, int32 (micro-batches, 4, T): the fields of a Batch each."""
+        shape, plan = step_shape(step, self.s), self.planned(step)
+        tokens, starts = self._tokens(plan.shard), self.starts[plan.shard].result()
+        batches = []
+        for i in chosen:
+            documents = slice(plan.cuts[i], plan.cuts[i + 1])
+            begins = starts[documents]
+            lengths = np.minimum(starts[plan.cuts[i] + 1 : plan.cuts[i + 1] + 1] - begins, shape.max_seq_len)
+            text = [tokens[at : at + length] for at, length in zip(begins, lengths, strict=True)]
+            room = shape.micro_batch_tokens + 1
+            batches.append(packed(np.concatenate(text)[:room], np.cumsum(lengths) - lengths))
+        return np.stack(batches)
+
+
+class ValData:
+    """The validation set, straight through the first shard; micro-batches cut documents at their ends."""
+
+    def __init__(self, s: Hyperparameters):
+        self.s = s
+        path = find_shards(s.val_files, "val_files")[0]
+        self.tokens = read_shard(path, s.vocab_size)
+        if len(self.tokens) <= s.val_tokens:
+            raise UsageError(
+                f"{path}: holds {len(self.tokens)} tokens, but validation needs --val_tokens={s.val_tokens}"
+                " and one more; lower it or give a larger --val_files"
+            )
+
+    def micro_batches(self, first: int = 0, stride: int = 1):
+        """Yield every stride-th micro-batch from the first on, as T + 1 tokens."""
+        size = self.s.val_micro_batch_tokens
+        for start in range(first * size, self.s.val_tokens, stride * size):
+            yield self.tokens[start : min(start + size, self.s.val_tokens) + 1]
+
+
+def split_documents(tokens: np.ndarray, bos: int) -> np.ndarray:
+    """The fields of a Batch, int32 (4, T), from T + 1 tokens, with documents at the first and every BOS."""
+    return packed(tokens, np.union1d([0], np.flatnonzero(tokens == bos)))
+
+
+# Part II: Machine
+# ======================================================================================================
+# Kernels: fused versions of the model's operators for a GPU, in Triton, and what they have in common.
+# Each version takes handles where its definition takes tensors, and is tested against it.
+
+WEIGHT_SCALE = 2.0**-9  # of every weight in e4m3, so for entries up to 0.875
+GRAD_SCALE = 1 / 448  # of the loss's gradient in e5m2: it lies within -1 and 1
+
+
+class Normed(NamedTuple):
+    """A normalized activation (T, C) and, for FP8 products, its e4m3 copy, whose values it then has."""
+
+    value: Tensor
+    e4m3: Tensor | None = None
+
+
+class Weight(NamedTuple):
+    """A parameter as fused versions see it. FP8 copies of it are there in training alone, and for few."""
+
+    value: Tensor
+    grad: Tensor | None = None  # where fused backward passes add its gradient
+    e4m3: Tensor | None = None
+    e4m3_t: Tensor | None = None  # the transpose, contiguous: FP8 products sum along rows
+    dequantized: Tensor | None = None  # the values of the e4m3 copy, in value's dtype
+
+    @property
+    def read(self) -> Tensor:
+        """What forward products read, for the gradients of their inputs."""
+        return self.value if self.dequantized is None else self.dequantized
+
+
+# Which weights have FP8 copies, by name, and which copies their fused versions read.
+FP8_COPIES = {
+    "qkvo": ("e4m3", "dequantized"),
+    "c_fc": ("e4m3_t", "dequantized"),
+    "c_proj": ("e4m3", "dequantized"),
+    "lm_head": ("e4m3", "e4m3_t"),
+}
+
+
+def in_fp8(device: torch.device, part: str) -> bool:
+    """Whether products of the "head" or the "blocks" train in FP8. Only here it is decided, by the chip.
+
+    The head's do from sm_89 on; of the blocks, the forward products of q, k, v and the MLP do on Hopper.
+    """
+    if device.type != "cuda":
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= (8, 9) if part == "head" else capability[0] == 9
 
 
 @functools.cache
 def compiled(function):
-    """A function of tensors as one graph for each set of shapes; the graph is made once a process."""
+    """A function of tensors as one graph for each set of shapes, made once a process."""
     return torch.compile(function, dynamic=False)
 
 
-def fused(function, x: Tensor, *rest):
-    """Call a function of tensors, compiled where x is on a GPU; numbers among its arguments must not change during a run."""
+def call_compiled(function, x: Tensor, *rest):
+    """Call a function of tensors, compiled where x is on a GPU; other arguments must not vary in a run."""
     return (compiled(function) if x.is_cuda else function)(x, *rest)
 
 
-def on_hopper(x: Tensor) -> bool:
-    """Whether a tensor is on an H100, an H200 or their like."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-
-
-EPS = torch.finfo(torch.float32).eps  # of every norm
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis, without a weight (arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),), eps=EPS)
-
-
-WEIGHT_SCALE = 2.0**-9  # of every matrix in e4m3, so for entries up to 0.875
-
-
-def to_e4m3(x: Tensor, factor: float) -> Tensor:
-    """x times a factor, in e4m3; what is beyond its range becomes its largest number."""
-    return (x.float() * factor).clamp(-448, 448).to(torch.float8_e4m3fn)
+def to_e4m3(x: Tensor, scale: float) -> Tensor:
+    """x over a scale, in e4m3; what is beyond its range becomes its largest number."""
+    return (x.float() * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def transposed(x: Tensor) -> Tensor:
-    """The transposes of matrices x (..., rows, columns), contiguous. FP8 goes as bytes, and apart from to_e4m3: see _e5m2_pair."""
+    """The transposes of matrices x (..., rows, cols), contiguous."""
     return x.mT.contiguous()
 
 
-def normed_scale(x: Tensor) -> float:
-    """The scale of normed x (T, width) in e4m3: the power of two with which the root of the width, norm's bound, is at most 448."""
-    return 2.0 ** math.ceil(math.log2(x.size(1) ** 0.5 / 448))
+def fp8_copies(w: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """FP8 copies, those named, of weights w (..., rows, cols): fields of Weight."""
+    e4m3 = call_compiled(to_e4m3, w, WEIGHT_SCALE)
+    copies = {"e4m3": e4m3} if "e4m3" in names else {}
+    if "e4m3_t" in names:  # as bytes, and in a kernel of its own: see _e5m2_pair
+        copies["e4m3_t"] = call_compiled(transposed, e4m3.view(torch.uint8)).view(e4m3.dtype)
+    if "dequantized" in names:
+        copies["dequantized"] = e4m3.to(w.dtype).mul_(WEIGHT_SCALE)
+    return copies
+
+
+def normed_scale(width: int) -> float:
+    """The scale of normalized activations in e4m3: a power of two; their bound, √width, comes below 448."""
+    return 2.0 ** math.ceil(math.log2(width**0.5 / 448))
 
 
 def gradient(p: nn.Parameter) -> Tensor:
-    """The tensor, zeros at first, in which the gradient of a parameter gathers."""
+    """The tensor, zeros at first, in which the gradient of a parameter accumulates."""
     if p.grad is None:
         p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
     return p.grad
+
+
+def weight_handle(p: nn.Parameter) -> Weight:
+    """A parameter's handle. Its FP8 copies are those that its `Bank` keeps."""
+    return Weight(p, gradient(p), **getattr(p, "fp8_copies", {})) if torch.is_grad_enabled() else Weight(p)
+
+
+def normed_handle(h: Tensor | Normed, w: Weight) -> Normed:
+    """A normalized activation's handle, which its operator may have made already, for a product with w."""
+    if isinstance(h, Normed):
+        return h
+    scale = normed_scale(h.size(1))
+    return Normed(h, None if w.dequantized is None else call_compiled(to_e4m3, h.detach(), scale))
+
+
+def fused(operator: Operator):
+    """Decorator: register a fused version of an operator, unless its definition is to run as it stands."""
+
+    def register(function):
+        operator.fused = function if operator.fusible else None
+        return function
+
+    return register
+
+
+def run_operators_on_gpu():
+    """From now on run each operator's fused version or, without one, its definition, in training compiled."""
+    for operator in Operator.every:
+        if operator.fused:
+            # The compiler of a definition that calls this must not look inside.
+            operator.run = torch.compiler.disable(functools.partial(_call_fused, operator.fused))
+        else:
+            operator.run = functools.partial(_call_definition, operator.definition)
+
+
+def _call_fused(version, *args):
+    return version(*(weight_handle(a) if isinstance(a, nn.Parameter) else a for a in args))
+
+
+def _call_definition(definition, *args):
+    args = [a.value if isinstance(a, Normed) else a for a in args]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return compiled(definition)(*args)
+    return definition(*args)
+
+
+def on_hopper(x: Tensor) -> bool:
+    """Whether a tensor is on an H100, an H200 or their like, for which the tiles were tuned."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def programs(x: Tensor) -> int:
+    """How many persistent programs fill the device of x: one a multiprocessor, a few in the interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
 @functools.cache
@@ -401,57 +1147,102 @@ def constant(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, device=device)
 
 
-def mix_reference(x: Tensor, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two of lambdas times x and x0 (T, width), added; and that, normed."""
-    x = lambdas[0] * x + lambdas[1] * x0
-    return x, norm(x)
+def _descriptor(x: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
+    """What kernels load and store tiles of a matrix by; None where there is no matrix."""
+    return None if x is None else TensorDescriptor.from_tensor(x, [rows, columns])
 
 
 @triton.jit
-def _mix_kernel(
-    x_ptr, x0_ptr, lambdas_ptr, mixed_ptr, normed_ptr, copy_ptr, T, W,
-    SCALE: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Without an x0, only the norm."""
+def _load_tile(ptr, start, column, T, stride, ROWS, COLUMNS):
+    """A tile of a matrix of T rows, zero beyond it."""
+    rows = tl.arange(0, ROWS)[:, None]
+    offsets = rows * stride + tl.arange(0, COLUMNS)[None, :]
+    return tl.load(ptr + start.to(tl.int64) * stride + column + offsets, mask=start + rows < T, other=0.0)
+
+
+@triton.jit
+def _store_tile(ptr, start, column, T, stride, tile, ROWS, COLUMNS):
+    rows = tl.arange(0, ROWS)[:, None]
+    offsets = rows * stride + tl.arange(0, COLUMNS)[None, :]
+    at = ptr + start.to(tl.int64) * stride + column + offsets
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=start + rows < T)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Norm: `mix_norm` and `norm`
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@triton.jit
+def _mix_norm_kernel(
+    x_ptr,
+    x0_ptr,
+    lambdas_ptr,
+    mixed_ptr,
+    h_ptr,
+    e4m3_ptr,
+    T,
+    C,
+    SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Mix a tile of rows with x0, if there is one, and normalize it."""
     rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    at, inside = rows[:, None] * W + columns[None, :], (rows < T)[:, None] & (columns < W)[None, :]
+    at = rows[:, None] * C + columns[None, :]
+    inside = (rows < T)[:, None] & (columns < C)[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if x0_ptr is not None:
         x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(lambdas_ptr) * x + tl.load(lambdas_ptr + 1) * x0
         tl.store(mixed_ptr + at, x.to(mixed_ptr.dtype.element_ty), mask=inside)
-    x *= tl.rsqrt(tl.sum(x * x, 1) / W + EPS)[:, None]
-    if copy_ptr is not None:
-        copy = tl.clamp(x * (1 / SCALE), -448.0, 448.0, tl.PropagateNan.ALL).to(copy_ptr.dtype.element_ty)
-        tl.store(copy_ptr + at, copy, mask=inside)
-        x = copy.to(tl.float32) * SCALE  # what the products read, so their gradients are exact, and fewer bits take matrix units less power
-    tl.store(normed_ptr + at, x.to(normed_ptr.dtype.element_ty), mask=inside)
+    x *= tl.rsqrt(tl.sum(x * x, 1) / C + EPS)[:, None]
+    if e4m3_ptr is not None:
+        bounded = tl.clamp(x * (1 / SCALE), -448.0, 448.0, tl.PropagateNan.ALL)
+        e4m3 = bounded.to(e4m3_ptr.dtype.element_ty)
+        tl.store(e4m3_ptr + at, e4m3, mask=inside)
+        x = e4m3.to(tl.float32) * SCALE  # exact gradients of the FP8 products; fewer bits take less power too
+    tl.store(h_ptr + at, x.to(h_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _mix_backward_kernel(
-    x_ptr, x0_ptr, lambdas_ptr, dmixed_ptr, dnormed_ptr, dx_ptr, dx0_ptr, dlambdas_ptr, T, W, PROGRAMS,
-    ADD: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient of x; that of x0, added to what is there or in its place; and that of lambdas, added to what is there."""
+def _mix_norm_backward_kernel(
+    x_ptr,
+    x0_ptr,
+    lambdas_ptr,
+    dmixed_ptr,
+    dh_ptr,
+    dx_ptr,
+    dx0_ptr,
+    dlambdas_ptr,
+    T,
+    C,
+    PROGRAMS,
+    ADD: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient of x; that of x0, added to what is there or in its place; that of a and b, added."""
     columns = tl.arange(0, BLOCK)
-    inside = columns < W
+    inside = columns < C
     sum_a, sum_b = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     for row in range(tl.program_id(0), T, PROGRAMS):
-        at = row * W.to(tl.int64) + columns
+        at = row * C.to(tl.int64) + columns
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         mixed = x
         if x0_ptr is not None:
             a, b = tl.load(lambdas_ptr), tl.load(lambdas_ptr + 1)
             x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
             mixed = a * x + b * x0
-        dnormed = tl.load(dnormed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dmixed = tl.load(dmixed_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if ADD:
             before = tl.load(dx0_ptr + at, mask=inside, other=0.0)
-        factor = tl.rsqrt(tl.sum(mixed * mixed, 0) / W + EPS)
-        along = tl.sum(dnormed * mixed, 0) * factor * factor / W
-        dmixed += (dnormed - mixed * along) * factor
+        factor = tl.rsqrt(tl.sum(mixed * mixed, 0) / C + EPS)
+        along = tl.sum(dh * mixed, 0) * factor * factor / C
+        dmixed += (dh - mixed * along) * factor
         if x0_ptr is None:
             tl.store(dx_ptr + at, dmixed.to(dx_ptr.dtype.element_ty), mask=inside)
         else:
@@ -467,75 +1258,93 @@ def _mix_backward_kernel(
         tl.atomic_add(dlambdas_ptr + 1, sum_b, sem="relaxed")
 
 
-class _Mix(torch.autograd.Function):
-    """The Triton twin of `mix_reference`; without an x0 that of norm, which hands x on, so that one kernel has both its gradients.
+class SharedGradient:
+    """One gradient to which every reader of a tensor adds in place."""
 
-    All layers add to one gradient of x0, which the first of them hands on.
-    """
+    total: Tensor | None = None
+
+
+class _Share(torch.autograd.Function):
+    """Hand a tensor on to its readers and, once all have added to its shared gradient, that one back."""
 
     @staticmethod
-    def forward(ctx, x, x0, lambdas, layer, shared, fp8):
-        (T, W), normed, copy = x.shape, torch.empty_like(x), torch.empty_like(x, dtype=torch.float8_e4m3fn) if fp8 else None
-        mixed, row = (x, None) if x0 is None else (torch.empty_like(x), lambdas[layer])
-        _mix_kernel[(triton.cdiv(T, 4),)](
-            x, x0, row, mixed, normed, copy, T, W, SCALE=normed_scale(x), EPS=EPS, ROWS=4, BLOCK=triton.next_power_of_2(W), num_warps=4
-        )
+    def forward(ctx, x, shared):
+        ctx.shared = shared
+        ctx.set_materialize_grads(False)
+        return x.detach()  # no view, whose base would be x: x holds what this returns
+
+    @staticmethod
+    def backward(ctx, _):
+        total, ctx.shared.total = ctx.shared.total, None
+        return total, None
+
+
+class _MixNorm(torch.autograd.Function):
+    """`mix_norm` and, without an x0, `norm`: one kernel has both of its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, x0, lambdas, shared, quantize):
+        T, C = x.shape
+        h = torch.empty_like(x)
+        e4m3 = torch.empty_like(x, dtype=torch.float8_e4m3fn) if quantize else None
+        mixed = x if x0 is None else torch.empty_like(x)
+        row = None if x0 is None else lambdas.value
+        sizes = {"SCALE": normed_scale(C), "EPS": EPS, "ROWS": 4, "BLOCK": triton.next_power_of_2(C)}
+        _mix_norm_kernel[(triton.cdiv(T, 4),)](x, x0, row, mixed, h, e4m3, T, C, **sizes, num_warps=4)
         ctx.save_for_backward(x, x0)
-        ctx.lambdas, ctx.layer, ctx.shared, ctx.first = lambdas, layer, shared, "first" not in shared
-        shared["first"] = True
-        ctx.set_materialize_grads(False)  # the copy has none
-        return mixed, normed, copy
+        ctx.lambdas, ctx.shared = lambdas, shared
+        ctx.set_materialize_grads(False)  # the e4m3 copy has none
+        return mixed, h, e4m3
 
     @staticmethod
-    def backward(ctx, dmixed, dnormed, _):
+    def backward(ctx, dmixed, dh, _):
         x, x0 = ctx.saved_tensors
-        (T, W), dx, count, row, drow, dx0 = x.shape, torch.empty_like(x), min(4096, len(x)), None, None, None
-        add = "gradient" in ctx.shared
+        T, C = x.shape
+        dmixed, dh = (torch.zeros_like(x) if d is None else d.contiguous() for d in (dmixed, dh))
+        dx, dx0, row, drow, add = torch.empty_like(x), None, None, None, False
         if x0 is not None:
-            row, drow = ctx.lambdas[ctx.layer], gradient(ctx.lambdas)[ctx.layer]
-            if not add:
-                ctx.shared["gradient"] = torch.empty_like(x0)
-            dx0 = ctx.shared["gradient"]
-        _mix_backward_kernel[(count,)](
-            x, x0, row, dmixed.contiguous(), dnormed.contiguous(), dx, dx0, drow, T, W, count,
-            ADD=add, EPS=EPS, BLOCK=triton.next_power_of_2(W), num_warps=1,
-        )  # fmt: skip
-        return dx, ctx.shared.pop("gradient") if x0 is not None and ctx.first else None, None, None, None, None
+            row, drow, add = ctx.lambdas.value, ctx.lambdas.grad, ctx.shared.total is not None
+            dx0 = ctx.shared.total = ctx.shared.total if add else torch.empty_like(x0)
+        count, sizes = min(4096, T), {"ADD": add, "EPS": EPS, "BLOCK": triton.next_power_of_2(C)}
+        _mix_norm_backward_kernel[(count,)](
+            x, x0, row, dmixed, dh, dx, dx0, drow, T, C, count, **sizes, num_warps=1
+        )
+        return dx, None, None, None, None
 
 
-def mix(x: Tensor, x0: Tensor, lambdas: Tensor, layer: int, shared: dict, fp8: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The residual stream x (T, width) mixed with x0 by the first two of a layer's row of lambdas (layers, 4), float32; and that, normed.
-
-    With fp8, that in e4m3 too, whose values are then those of the second. shared: one dict, empty at first, for all layers that
-    mix this x0 in.
-    """
-    return _Mix.apply(x, x0, lambdas, layer, shared, fp8) if x.is_cuda else (*mix_reference(x, x0, lambdas[layer]), None)
-
-
-def renorm(x: Tensor, fp8: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The residual stream x (T, width), to go on with; that, normed; and with fp8 that in e4m3, as in `mix`."""
-    return _Mix.apply(x, None, None, 0, {}, fp8) if x.is_cuda else (x, norm(x), None)
+@fused(mix_norm)
+def mix_norm_fused(x: Tensor, x0: Tensor, lambdas: Weight) -> tuple[Tensor, Normed]:
+    """As `mix_norm`. All layers that mix the same x0 add to one gradient of it in place."""
+    if not hasattr(x0, "sharing"):
+        shared = SharedGradient()
+        x0.sharing = _Share.apply(x0, shared), shared
+    quantize = torch.is_grad_enabled() and in_fp8(x.device, "blocks")
+    mixed, h, e4m3 = _MixNorm.apply(x, x0.sharing[0], lambdas, x0.sharing[1], quantize)
+    mixed.unsaved = True  # its norm's backward pass computes it anew, so `attention_` may write over it
+    return mixed, Normed(h, e4m3)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x (T, heads, head_dim), the halves of a head being the pairs' two parts."""
-    x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos[: len(x), None], sin[: len(x), None]
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+@fused(norm)
+def norm_fused(x: Tensor) -> tuple[Tensor, Normed]:
+    """As `norm`."""
+    quantize = torch.is_grad_enabled() and in_fp8(x.device, "blocks")
+    x, h, e4m3 = _MixNorm.apply(x, None, None, None, quantize)
+    return x, Normed(h, e4m3)
 
 
-def heads_reference(qkv: Tensor, value: Tensor | None, l0: Tensor, l1: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of attention from qkv (T, 3, heads, head_dim): q and k normed and turned, v mixed by l0 and l1, float32 scalar tensors."""
-    q, k, v = qkv.unbind(1)
-    v = l0 * v if value is None else l0 * v + l1 * value.view_as(v)
-    return rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v
+# ------------------------------------------------------------------------------------------------------
+# Attention: `flash_attention` and `attention_`
+
+# Rows, depth in bytes, warps, stages of the product; queries, keys, warps, stages of the others. Found on an
+# H200 and fixed, so that no start pays for tuning; the small ones are for chips with less shared memory.
+HOPPER_QKV, SMALL_QKV = (128, 128, 8, 3), (64, 64, 4, 2)
+HOPPER_TILES = {"forward": (64, 64, 4, 3), "query": (64, 32, 4, 3), "key": (64, 64, 4, 2)}
+SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)}
 
 
 @triton.jit
-def _store_head(
-    x, heads, raw, value, cos, sin, lambdas_ptr, factor_ptr, row, column, T,
-    EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
+def _store_head(x, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column, T, EPS, H, D, BM):
+    """Norm and rotary embedding of a head of q or k, or mixing of one of v, on its way to memory."""
     low, high = x.reshape(BM, 2, D // 2).permute(0, 2, 1).split()
     if column < 2 * H * D:
         factor = tl.rsqrt(tl.sum(low * low + high * high, 1) / D + EPS)
@@ -545,84 +1354,94 @@ def _store_head(
         low, high = low * cos + high * sin, high * cos - low * sin
     else:
         within = column - 2 * H * D
-        raw.store([row, within], low.to(raw.dtype))
-        raw.store([row, within + D // 2], high.to(raw.dtype))
+        v_proj.store([row, within], low.to(v_proj.dtype))
+        v_proj.store([row, within + D // 2], high.to(v_proj.dtype))
         low, high = low * tl.load(lambdas_ptr + 2), high * tl.load(lambdas_ptr + 2)
-        if value is not None:
-            low += tl.load(lambdas_ptr + 3) * value.load([row, within]).to(tl.float32)
-            high += tl.load(lambdas_ptr + 3) * value.load([row, within + D // 2]).to(tl.float32)
-    heads.store([row, column], low.to(heads.dtype))
-    heads.store([row, column + D // 2], high.to(heads.dtype))
+        if ve is not None:
+            low += tl.load(lambdas_ptr + 3) * ve.load([row, within]).to(tl.float32)
+            high += tl.load(lambdas_ptr + 3) * ve.load([row, within + D // 2]).to(tl.float32)
+    qkv.store([row, column], low.to(qkv.dtype))
+    qkv.store([row, column + D // 2], high.to(qkv.dtype))
 
 
 @triton.jit
-def _heads_kernel(
-    x, weight, heads, raw, value, cos_tiles, sin_tiles, lambdas_ptr, factor_ptr, T, K, PROGRAMS,
-    SCALE: tl.constexpr, EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """q, k and v of attention, SCALE x weight^T, normed and turned or mixed before they are stored; v also as it was.
+def _qkv_kernel(
+    h,
+    weight,
+    qkv,
+    v_proj,
+    ve,
+    cos_tiles,
+    sin_tiles,
+    lambdas_ptr,
+    factor_ptr,
+    T,
+    C,
+    PROGRAMS,
+    SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """q, k and v of attention: SCALE h weight^T, and what `_store_head` does.
 
-    factor: what the norm scaled q and k by. A tile is two heads wide, so that the product reads less;
-    what an odd last one has beyond v is neither read nor stored.
+    A tile is two heads wide, so that the product reads less; what an odd last one has beyond v goes nowhere.
     """
     across = tl.cdiv(3 * H, 2)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):  # the next tile loads while this one is stored
+    # Flattened, so that the next tile loads while this one is stored.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):
         row, column = tile // across * BM, tile % across * 2 * D
         y = tl.zeros([BM, 2 * D], tl.float32)
-        for k in range(0, K, BK):
-            y = tl.dot(x.load([row, k]), tl.trans(weight.load([column, k])), y, input_precision="ieee")
+        for k in range(0, C, BK):
+            y = tl.dot(h.load([row, k]), tl.trans(weight.load([column, k])), y, input_precision="ieee")
         cos, sin = tl.zeros([BM, D // 2], cos_tiles.dtype), tl.zeros([BM, D // 2], cos_tiles.dtype)
         if column < 2 * H * D:
             cos, sin = cos_tiles.load([row, 0]), sin_tiles.load([row, 0])
         left, right = (y * SCALE).reshape(BM, 2, D).permute(0, 2, 1).split()
-        _store_head(left, heads, raw, value, cos, sin, lambdas_ptr, factor_ptr, row, column, T, EPS, H, D, BM)
-        _store_head(right, heads, raw, value, cos, sin, lambdas_ptr, factor_ptr, row, column + D, T, EPS, H, D, BM)
+        _store_head(left, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column, T, EPS, H, D, BM)
+        _store_head(
+            right, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column + D, T, EPS, H, D, BM
+        )
 
 
-HOPPER_HEADS, SMALL_HEADS = (128, 128, 8, 3), (64, 64, 4, 2)  # rows, depth in bytes, warps, stages
+class QKV(NamedTuple):
+    """What attention reads, and what its backward pass needs to go on through norm, rotary and mixing."""
+
+    qkv: Tensor  # q and k normalized and turned, v mixed: (T, 3, H, D)
+    v_proj: Tensor  # v before it is mixed: (T, C)
+    factors: Tensor  # what the norm scaled q and k by: float32 (2, H, T)
 
 
-def programs(x: Tensor) -> int:
-    """How many persistent programs fill the device of x: one a multiprocessor; a few in Triton's interpreter."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-
-
-def heads_forward(
-    x: Tensor, x8: Tensor | None, weight: Tensor, weight8: Tensor | None, value: Tensor | None, lambdas: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The Triton twin of a product, by e4m3 copies where there are any, and `heads_reference`.
-
-    x: normed, (T, width). weight: (3 width, width). lambdas: float32 (4,), of which the last two mix v with value (T, width). cos, sin:
-    (at least T, head_dim / 2). Returns q, k and v, (T, 3, heads, head_dim); for the backward pass v unmixed, (T, width), and the
-    factors of the norm of q and k, float32 (2, heads, T).
-    """
-    (T, W), D = x.shape, 2 * cos.size(1)
-    heads, raw, factors = x.new_empty(T, 3, W // D, D), torch.empty_like(x), x.new_empty(2, W // D, T, dtype=torch.float32)
-    a, b, scale = (x, weight, 1.0) if weight8 is None else (x8, weight8, normed_scale(x) * WEIGHT_SCALE)
-    BM, depth, warps, stages = HOPPER_HEADS if on_hopper(x) else SMALL_HEADS
+def qkv_forward(h: Normed, qkvo: Weight, ve: Tensor | None, lambdas: Tensor, rotary: nn.Module) -> QKV:
+    """q, k and v of `attention_`, in one kernel with their product."""
+    (T, C), D, x = h.value.shape, 2 * rotary.cos.size(1), h.value
+    made = QKV(
+        x.new_empty(T, 3, C // D, D), torch.empty_like(x), x.new_empty(2, C // D, T, dtype=torch.float32)
+    )
+    a, b, scale = x, qkvo.value, 1.0
+    if h.e4m3 is not None and qkvo.e4m3 is not None:
+        a, b, scale = h.e4m3, qkvo.e4m3, normed_scale(C) * WEIGHT_SCALE
+    BM, depth, warps, stages = HOPPER_QKV if on_hopper(x) else SMALL_QKV
     BK = depth // a.element_size()
-    stored = [t if t is None else TensorDescriptor.from_tensor(t, [BM, D // 2]) for t in (heads.view(T, 3 * W), raw, value, cos, sin)]
-    _heads_kernel[(programs(x),)](
-        TensorDescriptor.from_tensor(a, [BM, BK]), TensorDescriptor.from_tensor(b, [2 * D, BK]), *stored, lambdas, factors, T, W, programs(x),
-        SCALE=scale, EPS=EPS, H=W // D, D=D, BM=BM, BK=BK, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    return heads, raw, factors
-
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, scale: Tensor) -> Tensor:
-    """Attention of q, k and v (T, heads, head_dim), in which query i sees the keys first[i] to i, times the sigmoid of gate (T, heads)."""
-    at = torch.arange(q.size(0), device=q.device)
-    visible = (first[:, None] <= at) & (at <= at[:, None])
-    q, k, v = (t.transpose(0, 1)[None] for t in (q * scale, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)[0].transpose(0, 1)
-    return out * torch.sigmoid(gate)[:, :, None]
+    tiles = [_descriptor(a, BM, BK), _descriptor(b.view(4 * C, C)[: 3 * C], 2 * D, BK)]
+    tiles += [
+        _descriptor(t, BM, D // 2) for t in (made.qkv.view(T, 3 * C), made.v_proj, ve, rotary.cos, rotary.sin)
+    ]
+    sizes = {"SCALE": scale, "EPS": EPS, "H": C // D, "D": D, "BM": BM, "BK": BK}
+    options = {"num_warps": warps, "num_stages": stages}
+    count = programs(x)
+    _qkv_kernel[(count,)](*tiles, lambdas, made.factors, T, C, count, **sizes, **options)
+    return made
 
 
 @triton.jit
-def _mask(scores, low, key, high, needed):
+def _masked(scores, low, key, high, needed):
     """Scores, but in a tile where a mask is needed, minus infinity unless low <= key <= high.
 
-    All three count from the tile's start: from the sequence's, compilers make 64-bit numbers of them, which takes thrice as long.
+    All three count from the tile's start: from the sequence's, compilers make 64-bit numbers of them, three
+    times as slow.
     """
     if needed:
         scores = tl.where((low <= key) & (key <= high), scores, -float("inf"))
@@ -630,124 +1449,187 @@ def _mask(scores, low, key, high, needed):
 
 
 @triton.jit
-def _load_tile(ptr, start, column, T, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of a (T, width) matrix, zero beyond it."""
-    rows = tl.arange(0, ROWS)[:, None]
-    return tl.load(ptr + start.to(tl.int64) * width + column + (rows * width + tl.arange(0, COLUMNS)[None, :]), mask=start + rows < T, other=0.0)
-
-
-@triton.jit
-def _store_tile(ptr, start, column, T, width, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    rows = tl.arange(0, ROWS)[:, None]
-    at = ptr + start.to(tl.int64) * width + column + (rows * width + tl.arange(0, COLUMNS)[None, :])
-    tl.store(at, tile.to(ptr.dtype.element_ty), mask=start + rows < T)
-
-
-@triton.jit
 def _attention_forward_kernel(
-    kv_tiles, q_tiles, out_tiles, gate_ptr, lse_ptr, first_ptr, scale_ptr, T,
-    H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """A gate g only scales a row's probabilities, so what the backward pass reads is the log-sum-exp less log2(g)."""
+    k_tiles,
+    v_tiles,
+    q_tiles,
+    out_tiles,
+    gate_ptr,
+    lse_ptr,
+    first_key_ptr,
+    scale_ptr,
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Attention of a tile of queries in one head, and the base-2 log-sum-exp of their scores.
+
+    A gate g only scales a row's probabilities, so the log-sum-exp less log2(g) is what the backward pass
+    reads.
+    """
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
     inside = rows < T
     scale = tl.load(scale_ptr) * 1.4426950408889634  # log2(e), for exp2
-    first = tl.load(first_ptr + rows, mask=inside, other=T)
-    low = tl.load(first_ptr + start) // BN * BN
-    full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)  # from this key on, all rows see a key before them
-    gate = tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32)
+    first_key = tl.load(first_key_ptr + rows, mask=inside, other=T)
+    low = tl.load(first_key_ptr + start) // BN * BN
+    full = tl.load(
+        first_key_ptr + tl.minimum(start + BM, T) - 1
+    )  # from here on, all rows see keys before them
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32)
     q = q_tiles.load([start, head * D])  # last of all: loads by descriptor wait
-    top = tl.full([BM], -1e30, tl.float32)  # finite: a row may see nothing in its tile's first keys
-    total = tl.zeros([BM], tl.float32)
+    m_i = tl.full([BM], -1e30, tl.float32)  # finite: a row may see nothing in its tile's first keys
+    l_i = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, D], tl.float32)
     key = tl.arange(0, BN)[None, :]
     for n in range(low, tl.minimum(start + BM, T), BN):
-        k = kv_tiles.load([n, (H + head) * D])
-        v = kv_tiles.load([n, (2 * H + head) * D])
+        k = k_tiles.load([n, head * D])
+        v = v_tiles.load([n, head * D])
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = _mask(scores, (first - n)[:, None], key, (rows - n)[:, None], (n < full) | (n + BN > start))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        p = tl.exp2(scores * scale - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-        top = new_top
-    total *= 1.0 + tl.exp(-gate)  # over the gate, a sigmoid
-    out_tiles.store([start, head * D], (out / total[:, None]).to(out_tiles.dtype))
-    tl.store(lse_ptr + head * T + rows, top + tl.log2(total), mask=inside)
+        partial = (n < full) | (n + BN > start)
+        scores = _masked(scores, (first_key - n)[:, None], key, (rows - n)[:, None], partial)
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        out = tl.dot(p.to(v.dtype), v, out * alpha[:, None], input_precision="ieee")
+        m_i = m_new
+    if gate_ptr is not None:
+        l_i *= 1.0 + tl.exp(-gate)  # over the gate, a sigmoid
+    out_tiles.store([start, head * D], (out / l_i[:, None]).to(out_tiles.dtype))
+    tl.store(lse_ptr + head * T + rows, m_i + tl.log2(l_i), mask=inside)
 
 
 @triton.jit
-def _store_before_norm(ptr, start, column, T, width, dx, x, factor, cos_ptr, sin_ptr, ROWS: tl.constexpr, D: tl.constexpr):
-    """Store the gradient of rows, given that of x, the same normed by a factor and turned."""
+def _store_before_norm(ptr, start, column, T, stride, dx, x, factor, cos_ptr, sin_ptr, ROWS, D):
+    """Store the gradient of rows, given that of x, the same normalized by a factor and turned."""
     cos = _load_tile(cos_ptr, start, 0, T, D // 2, ROWS, D // 2).to(tl.float32)
     sin = _load_tile(sin_ptr, start, 0, T, D // 2, ROWS, D // 2).to(tl.float32)
     along = tl.sum(dx * x, 1) / D  # a norm's gradient has no part along its input
     dx = (dx - x * along[:, None]) * factor[:, None]
     low, high = dx.reshape(ROWS, 2, D // 2).permute(0, 2, 1).split()
-    _store_tile(ptr, start, column, T, width, low * cos - high * sin, ROWS, D // 2)
-    _store_tile(ptr, start, column + D // 2, T, width, low * sin + high * cos, ROWS, D // 2)
+    _store_tile(ptr, start, column, T, stride, low * cos - high * sin, ROWS, D // 2)
+    _store_tile(ptr, start, column + D // 2, T, stride, low * sin + high * cos, ROWS, D // 2)
 
 
 @triton.jit
 def _attention_query_kernel(
-    kv_tiles, heads_ptr, out_ptr, dout_ptr, cos_ptr, sin_ptr, dqkv_ptr,
-    factor_ptr, gate_ptr, lse_ptr, delta_ptr, dgate_ptr, first_ptr, scale_ptr, T,
-    H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The gradients of q before its norm and of gate, and delta = sum(out * dout) over the gate, which the gradients of k and v need."""
+    k_tiles,
+    v_tiles,
+    q_ptr,
+    out_ptr,
+    dout_ptr,
+    cos_ptr,
+    sin_ptr,
+    dq_ptr,
+    factor_ptr,
+    gate_ptr,
+    lse_ptr,
+    delta_ptr,
+    dgate_ptr,
+    first_key_ptr,
+    scale_ptr,
+    T,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The gradients of q and gate, and delta = sum(out * dout) over the gate, which those of k and v need.
+
+    With the norm's factors, q's gradient is that of q before norm and rotary embedding.
+    """
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
     inside = rows < T
     scale = tl.load(scale_ptr)
-    first = tl.load(first_ptr + rows, mask=inside, other=T)
+    first_key = tl.load(first_key_ptr + rows, mask=inside, other=T)
     lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=float("inf"))
-    low = tl.load(first_ptr + start) // BN * BN
-    full = tl.load(first_ptr + tl.minimum(start + BM, T) - 1)
-    q = _load_tile(heads_ptr, start, head * D, T, 3 * H * D, BM, D)
+    low = tl.load(first_key_ptr + start) // BN * BN
+    full = tl.load(first_key_ptr + tl.minimum(start + BM, T) - 1)
+    q = _load_tile(q_ptr, start, head * D, T, STRIDE, BM, D)
     dout = _load_tile(dout_ptr, start, head * D, T, H * D, BM, D)
     out = _load_tile(out_ptr, start, head * D, T, H * D, BM, D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    gate = tl.sigmoid(tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32))
-    tl.store(dgate_ptr + rows * H + head, (delta * (1.0 - gate)).to(dgate_ptr.dtype.element_ty), mask=inside)
-    delta = delta / tl.maximum(gate, 1e-30)  # where the gate is less, out is zero
+    if gate_ptr is not None:
+        gate = tl.sigmoid(tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32))
+        dgate = delta * (1.0 - gate)
+        tl.store(dgate_ptr + rows * H + head, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+        delta = delta / tl.maximum(gate, 1e-30)  # where the gate is less, out is zero
     tl.store(delta_ptr + head * T + rows, delta, mask=inside)
     dq = tl.zeros([BM, D], tl.float32)
     key = tl.arange(0, BN)[None, :]
     for n in range(low, tl.minimum(start + BM, T), BN):
-        k = kv_tiles.load([n, (H + head) * D])
-        v = kv_tiles.load([n, (2 * H + head) * D])
+        k = k_tiles.load([n, head * D])
+        v = v_tiles.load([n, head * D])
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = _mask(scores, (first - n)[:, None], key, (rows - n)[:, None], (n < full) | (n + BN > start))
+        partial = (n < full) | (n + BN > start)
+        scores = _masked(scores, (first_key - n)[:, None], key, (rows - n)[:, None], partial)
         p = tl.exp2(scores * (scale * 1.4426950408889634) - lse[:, None])
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    factor = tl.load(factor_ptr + head * T + rows, mask=inside, other=0.0)
-    q = _load_tile(heads_ptr, start, head * D, T, 3 * H * D, BM, D)  # again: the loop has no registers to keep it in
-    _store_before_norm(dqkv_ptr, start, head * D, T, 3 * H * D, dq * scale, q.to(tl.float32), factor, cos_ptr, sin_ptr, BM, D)
+    dq *= scale
+    if factor_ptr is None:
+        _store_tile(dq_ptr, start, head * D, T, 3 * H * D, dq, BM, D)
+    else:
+        factor = tl.load(factor_ptr + head * T + rows, mask=inside, other=0.0)
+        q = _load_tile(
+            q_ptr, start, head * D, T, STRIDE, BM, D
+        )  # again: the loop has no registers to keep it in
+        q = q.to(tl.float32)
+        _store_before_norm(dq_ptr, start, head * D, T, 3 * H * D, dq, q, factor, cos_ptr, sin_ptr, BM, D)
 
 
 @triton.jit
 def _attention_key_kernel(
-    q_tiles, dout_tiles, kv_tiles, heads_ptr, raw_ptr, value_ptr, dvalue_ptr, cos_ptr, sin_ptr, dqkv_ptr,
-    factor_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, lambdas_ptr, dlambdas_ptr, scale_ptr, T,
-    H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The gradients of k before its norm, of v before it is mixed, and of value; and that of lambdas, added to what is there.
+    q_tiles,
+    dout_tiles,
+    k_tiles,
+    v_tiles,
+    k_ptr,
+    v_proj_ptr,
+    ve_ptr,
+    dve_ptr,
+    cos_ptr,
+    sin_ptr,
+    dk_ptr,
+    dv_ptr,
+    factor_ptr,
+    lse_ptr,
+    delta_ptr,
+    first_key_ptr,
+    last_query_ptr,
+    lambdas_ptr,
+    dlambdas_ptr,
+    scale_ptr,
+    T,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The gradients of k and v, for a tile of keys, which meets every query that attends to one of them.
 
-    A tile of keys meets every query that sees one of them.
+    With the norm's factors, they are those of k before norm and rotary embedding and of v before it is mixed;
+    then that of ve is stored too, and those of l0 and l1 are added to what is there.
     """
     head = tl.program_id(1)
     start = tl.program_id(0) * BN
     scale = tl.load(scale_ptr)
-    end = tl.load(last_ptr + tl.minimum(start + BN, T) - 1) + 1
-    full = tl.load(last_ptr + start) + 1  # up to this query, all see every key of the tile that is before them
-    k = kv_tiles.load([start, (H + head) * D])
-    v = kv_tiles.load([start, (2 * H + head) * D])
+    end = tl.load(last_query_ptr + tl.minimum(start + BN, T) - 1) + 1
+    full = (
+        tl.load(last_query_ptr + start) + 1
+    )  # up to here, all queries see every key of the tile before them
+    k = k_tiles.load([start, head * D])
+    v = v_tiles.load([start, head * D])
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     key = tl.arange(0, BN)[:, None]
@@ -758,152 +1640,197 @@ def _attention_key_kernel(
         dout = dout_tiles.load([m, head * D])
         lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=0.0)
         delta = tl.load(delta_ptr + head * T + rows, mask=inside, other=0.0)
-        first = tl.load(first_ptr + rows, mask=inside, other=0)
+        first_key = tl.load(first_key_ptr + rows, mask=inside, other=0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        scores = _mask(scores, (first - start)[None, :], key, (rows - start)[None, :], (m + BM > full) | (m < start + BN))
+        partial = (m + BM > full) | (m < start + BN)
+        scores = _masked(scores, (first_key - start)[None, :], key, (rows - start)[None, :], partial)
         p = tl.exp2(scores * (scale * 1.4426950408889634) - lse[None, :])
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    # What the end reads is asked for before it is needed, at most two tiles at a time: more do not fit in the registers.
-    keys = start + tl.arange(0, BN)
-    raw = _load_tile(raw_ptr, start, head * D, T, H * D, BN, D)
-    if value_ptr is not None:
-        value = _load_tile(value_ptr, start, head * D, T, H * D, BN, D)
-    l0, l1 = tl.load(lambdas_ptr + 2), tl.load(lambdas_ptr + 3)
-    factor = tl.load(factor_ptr + (H + head) * T + keys, mask=keys < T, other=0.0)
-    _store_tile(dqkv_ptr, start, (2 * H + head) * D, T, 3 * H * D, dv * l0, BN, D)
-    tl.atomic_add(dlambdas_ptr + 2, tl.sum(dv * raw.to(tl.float32)), sem="relaxed")
-    if value_ptr is not None:
-        _store_tile(dvalue_ptr, start, head * D, T, H * D, dv * l1, BN, D)
-        tl.atomic_add(dlambdas_ptr + 3, tl.sum(dv * value.to(tl.float32)), sem="relaxed")
-    k = _load_tile(heads_ptr, start, (H + head) * D, T, 3 * H * D, BN, D)  # again: the loop has no registers to keep it in
-    _store_before_norm(dqkv_ptr, start, (H + head) * D, T, 3 * H * D, dk * scale, k.to(tl.float32), factor, cos_ptr, sin_ptr, BN, D)
+    if factor_ptr is None:
+        _store_tile(dv_ptr, start, head * D, T, 3 * H * D, dv, BN, D)
+        _store_tile(dk_ptr, start, head * D, T, 3 * H * D, dk * scale, BN, D)
+    else:
+        # The end asks early for what it reads, at most two tiles at a time: registers hold no more.
+        keys = start + tl.arange(0, BN)
+        v_proj = _load_tile(v_proj_ptr, start, head * D, T, H * D, BN, D)
+        if ve_ptr is not None:
+            ve = _load_tile(ve_ptr, start, head * D, T, H * D, BN, D)
+        l0, l1 = tl.load(lambdas_ptr + 2), tl.load(lambdas_ptr + 3)
+        factor = tl.load(factor_ptr + (H + head) * T + keys, mask=keys < T, other=0.0)
+        _store_tile(dv_ptr, start, head * D, T, 3 * H * D, dv * l0, BN, D)
+        tl.atomic_add(dlambdas_ptr + 2, tl.sum(dv * v_proj.to(tl.float32)), sem="relaxed")
+        if ve_ptr is not None:
+            _store_tile(dve_ptr, start, head * D, T, H * D, dv * l1, BN, D)
+            tl.atomic_add(dlambdas_ptr + 3, tl.sum(dv * ve.to(tl.float32)), sem="relaxed")
+        k = _load_tile(k_ptr, start, head * D, T, STRIDE, BN, D).to(tl.float32)  # again, as q above
+        dk *= scale
+        _store_before_norm(dk_ptr, start, head * D, T, 3 * H * D, dk, k, factor, cos_ptr, sin_ptr, BN, D)
 
 
-# Tile sizes by kernel: (queries, keys, warps, stages). Fixed, so that no start pays for tuning; found on an H200.
-HOPPER_TILES = {"forward": (64, 64, 4, 3), "query": (64, 32, 4, 3), "key": (64, 64, 4, 2)}
-SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)}  # for chips with less shared memory
+def _attention_sizes(name: str, q: Tensor) -> dict:
+    """An attention kernel's sizes and launch options for q (T, H, D)."""
+    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(q) else SMALL_TILES)[name]
+    _, H, D = q.shape
+    return {"H": H, "D": D, "BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
 
 
-def _attention_launch(kernel, name: str, others: tuple[Tensor, ...], own: tuple[Tensor, ...], *rest: Tensor | None):
-    """Run one attention kernel over (tiles of queries, or in the key kernel of keys) x heads.
-
-    others: what its loop reads, tiles of the other kind, of which the first is q, k and v, (T, 3, heads, head_dim); own: tiles of its
-    own kind. Both go through tensor descriptors. rest: its other tensors; several tiles read at once go by pointers, for such
-    loads do not wait for each other.
-    """
-    T, _, H, D = others[0].shape
-    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(others[0]) else SMALL_TILES)[name]
-    rows, columns = (BN, BM) if name == "key" else (BM, BN)
-    groups = ((others, columns), (own, rows))
-    tiles = [TensorDescriptor.from_tensor(t.flatten(1), [size, D]) for tensors, size in groups for t in tensors]
-    kernel[triton.cdiv(T, rows), H](*tiles, *rest, T, H=H, D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+def _head_tiles(rows: int, *tensors: Tensor) -> list[TensorDescriptor]:
+    """Descriptors of so many rows of one head of tensors (T, H, D)."""
+    return [_descriptor(t.flatten(1), rows, t.size(2)) for t in tensors]
 
 
-def attention_forward(heads: Tensor, gate: Tensor, first: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The Triton twin of `attention_reference`, in the manner of FlashAttention (arXiv 2205.14135), for q, k and v in one (T, 3, heads, head_dim).
+class Attended(NamedTuple):
+    """What attention read and made. q, k and v: (T, H, D), all with rows equally far apart."""
 
-    Returns the output and, for the backward pass, the base-2 log-sum-exp of each row's scores over its gate, float32 (heads, T).
-    """
-    T, _, H, D = heads.shape
-    out, lse = heads.new_empty(T, H, D), heads.new_empty(H, T, dtype=torch.float32)
-    _attention_launch(_attention_forward_kernel, "forward", (heads,), (heads, out), gate, lse, first, scale)
-    return out, lse
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None  # of each head's output, before the sigmoid: (T, H)
+    mask: Mask
+    scale: Tensor
+    out: Tensor  # (T, H, D)
+    lse: Tensor  # base-2 log-sum-exp of each row's scores, less log2 of its gate: float32 (H, T)
 
 
-def attention_backward(
-    dout: Tensor, out: Tensor, lse: Tensor, heads: Tensor, raw: Tensor, value: Tensor | None, factors: Tensor, gate: Tensor,
-    lambdas: Tensor, dlambdas: Tensor, cos: Tensor, sin: Tensor, first: Tensor, last: Tensor, scale: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of what `heads_forward` made heads (T, 3, heads, head_dim) of, of value, if there is one, and of gate.
+def attention_forward(q, k, v, gate: Tensor | None, mask: Mask, scale: Tensor) -> Attended:
+    """`flash_attention`, times a gate's sigmoid if one is given, as FlashAttention (arXiv 2205.14135)."""
+    T, H, D = q.shape
+    out, lse = q.new_empty(T, H, D), q.new_empty(H, T, dtype=torch.float32)
+    sizes = _attention_sizes("forward", q)
+    tiles = [*_head_tiles(sizes["BN"], k, v), *_head_tiles(sizes["BM"], q, out)]
+    grid = triton.cdiv(T, sizes["BM"]), H
+    _attention_forward_kernel[grid](*tiles, gate, lse, mask.first_key, scale, T, **sizes)
+    return Attended(q, k, v, gate, mask, scale, out, lse)
 
-    That of lambdas (4,) is added to dlambdas. last: int32 (T); key j is seen by the queries j to last[j].
-    """
-    dqkv, dgate, delta = torch.empty_like(heads), torch.empty_like(gate), torch.empty_like(lse)
-    dvalue = None if value is None else torch.empty_like(value)
-    _attention_launch(_attention_query_kernel, "query", (heads,), (), heads, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale)
-    _attention_launch(_attention_key_kernel, "key", (heads, dout), (heads,), heads, raw, value, dvalue, cos, sin, dqkv,
-                      factors, lse, delta, first, last, lambdas, dlambdas, scale)  # fmt: skip
-    return dqkv, dvalue, dgate
+
+class QKVEnd(NamedTuple):
+    """What attention's backward kernels need to go on through mixing, rotary embedding and norm."""
+
+    made: QKV
+    ve: Tensor | None
+    dve: Tensor | None
+    lambdas: Weight
+    rotary: nn.Module
+
+
+def attention_backward_query(
+    dout: Tensor, a: Attended, end: QKVEnd | None, dqkv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of q into dqkv (T, 3, H, D); returns delta, float32 (H, T), and that of gate."""
+    T, H, _ = a.q.shape
+    delta, dgate = torch.empty_like(a.lse), None if a.gate is None else torch.empty_like(a.gate)
+    cos, sin, factors = (end.rotary.cos, end.rotary.sin, end.made.factors) if end else (None, None, None)
+    sizes = _attention_sizes("query", a.q)
+    rows = (a.q, a.out, dout, cos, sin, dqkv, factors, a.gate, a.lse, delta, dgate, a.mask.first_key)
+    grid, tiles = (triton.cdiv(T, sizes["BM"]), H), _head_tiles(sizes["BN"], a.k, a.v)
+    _attention_query_kernel[grid](*tiles, *rows, a.scale, T, STRIDE=a.q.stride(0), **sizes)
+    return delta, dgate
+
+
+def attention_backward_key(dout: Tensor, a: Attended, end: QKVEnd | None, dqkv: Tensor, delta: Tensor):
+    """Write the gradients of k and v into dqkv, and what `end` has besides."""
+    T, H, _ = a.q.shape
+    _, dk, dv = dqkv.unbind(1)
+    v_proj = ve = dve = cos = sin = factors = lambdas = dlambdas = None
+    if end:
+        v_proj, factors, ve, dve = end.made.v_proj, end.made.factors, end.ve, end.dve
+        cos, sin = end.rotary.cos, end.rotary.sin
+        lambdas, dlambdas = end.lambdas.value, end.lambdas.grad
+    sizes = _attention_sizes("key", a.q)
+    tiles = [*_head_tiles(sizes["BM"], a.q, dout), *_head_tiles(sizes["BN"], a.k, a.v)]
+    rows = (a.k, v_proj, ve, dve, cos, sin, dk, dv, factors, a.lse, delta, *a.mask, lambdas, dlambdas)
+    grid = triton.cdiv(T, sizes["BN"]), H
+    _attention_key_kernel[grid](*tiles, *rows, a.scale, T, STRIDE=a.k.stride(0), **sizes)
+
+
+def attention_backward(dout: Tensor, a: Attended, end: QKVEnd | None = None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of q, k and v, (T, 3, H, D), and of gate. With an end, those of the qkv kernel's product."""
+    dqkv = dout.new_empty(len(dout), 3, *dout.shape[1:])
+    delta, dgate = attention_backward_query(dout, a, end, dqkv)
+    attention_backward_key(dout, a, end, dqkv, delta)
+    return dqkv, dgate
+
+
+class _FlashAttention(torch.autograd.Function):
+    """`flash_attention`."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):
+        a = attention_forward(q.contiguous(), k.contiguous(), v.contiguous(), None, mask, scale)
+        ctx.save_for_backward(a.q, a.k, a.v, a.out, a.lse)
+        ctx.rest = mask, scale
+        return a.out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        mask, scale = ctx.rest
+        dqkv, _ = attention_backward(dout.contiguous(), Attended(q, k, v, None, mask, scale, out, lse))
+        return *dqkv.unbind(1), None, None
+
+
+@fused(flash_attention)
+def flash_attention_fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: Tensor) -> Tensor:
+    """As `flash_attention`. Windows and documents of any length cost no new compilation."""
+    return _FlashAttention.apply(q, k, v, mask, scale)
 
 
 class _Attention(torch.autograd.Function):
-    """`attention` on a GPU, added to x in place. Gradients of its weights are added straight into theirs."""
+    """`attention_`. Gradients of its weights are added straight into theirs."""
 
     @staticmethod
-    def forward(ctx, x, normed, copy, qkvo, gate, qkvo8, lambdas, layer, value, rotary, visible):
-        (T, W), (cos, sin, scale), (first, _) = x.shape, rotary, visible
-        gates = F.linear(normed[:, : gate.size(1)], gate)
-        weight, weight8, read = (t if t is None else t.view(4 * W, W)[: 3 * W] for t in (qkvo, *(qkvo8 or (None, qkvo))))
-        heads, raw, factors = heads_forward(normed, copy, weight, weight8, value, lambdas[layer], cos, sin)
-        out, lse = attention_forward(heads, gates, first, scale)
-        ctx.save_for_backward(normed, value, gates, heads, raw, factors, out, lse)
-        ctx.rest = qkvo, read, gate, lambdas, layer, rotary, visible
+    def forward(ctx, x, h, ve, e4m3, weights, rotary, mask):
+        qkvo, gate, lambdas = weights
+        T, C = x.shape
+        gates = F.linear(h[:, :GATE_CHANNELS], gate.value)
+        made = qkv_forward(Normed(h, e4m3), qkvo, ve, lambdas.value, rotary)
+        a = attention_forward(*made.qkv.unbind(1), gates, mask, rotary.scale)
+        ctx.save_for_backward(h, ve, gates, *made, a.out, a.lse)
+        ctx.rest = weights, rotary, mask
+        w_o = qkvo.value.view(4, C, C)[3]
+        if not getattr(x, "unsaved", False):
+            return torch.addmm(x, a.out.view(T, C), w_o.t())
         ctx.mark_dirty(x)
-        return x.addmm_(out.view(T, W), qkvo.view(4, W, W)[3].t())
+        return x.addmm_(a.out.view(T, C), w_o.t())  # not in place it would copy x first
 
     @staticmethod
     def backward(ctx, dx):
-        normed, value, gates, heads, raw, factors, out, lse = ctx.saved_tensors
-        qkvo, read, gate, lambdas, layer, (cos, sin, scale), (first, last) = ctx.rest
-        (T, W), channels, dx = dx.shape, gate.size(1), dx.contiguous()
-        dweight = gradient(qkvo).view(4 * W, W)
-        dweight[3 * W :].addmm_(dx.t(), out.view(T, W))
-        dout = (dx @ qkvo.view(4, W, W)[3]).view_as(out)
-        dqkv, dvalue, dgates = attention_backward(
-            dout, out, lse, heads, raw, value, factors, gates, lambdas[layer], gradient(lambdas)[layer], cos, sin, first, last, scale
-        )
-        dqkv = dqkv.view(T, 3 * W)
-        dweight[: 3 * W].addmm_(dqkv.t(), normed)
-        gradient(gate).addmm_(dgates.t(), normed[:, :channels])
-        dnormed = dqkv @ read
-        dnormed[:, :channels].addmm_(dgates, gate)
-        return dx, dnormed, None, None, None, None, None, None, dvalue, None, None
+        h, ve, gates, qkv, v_proj, factors, out, lse = ctx.saved_tensors
+        (qkvo, gate, lambdas), rotary, mask = ctx.rest
+        (T, C), dx = dx.shape, dx.contiguous()
+        dqkvo = qkvo.grad.view(4 * C, C)
+        dqkvo[3 * C :].addmm_(dx.t(), out.view(T, C))
+        dout = (dx @ qkvo.value.view(4, C, C)[3]).view_as(out)
+        dve = None if ve is None else torch.empty_like(ve)
+        attended = Attended(*qkv.unbind(1), gates, mask, rotary.scale, out, lse)
+        end = QKVEnd(QKV(qkv, v_proj, factors), ve, dve, lambdas, rotary)
+        dqkv, dgates = attention_backward(dout, attended, end)
+        dqkv = dqkv.view(T, 3 * C)
+        dqkvo[: 3 * C].addmm_(dqkv.t(), h)
+        gate.grad.addmm_(dgates.t(), h[:, :GATE_CHANNELS])
+        dh = dqkv @ qkvo.read.view(4 * C, C)[: 3 * C]
+        dh[:, :GATE_CHANNELS].addmm_(dgates, gate.value)
+        return dx, dh, dve, None, None, None, None
 
 
-def attention(
-    x: Tensor, normed: Tensor, copy: Tensor | None, qkvo: Tensor, gate: Tensor, qkvo8: tuple[Tensor, Tensor] | None, lambdas: Tensor, layer: int,
-    value: Tensor | None, rotary: tuple[Tensor, Tensor, Tensor], visible: tuple[Tensor, Tensor],
-) -> Tensor:  # fmt: skip
-    """The residual stream x (T, width), plus one attention path over what is normed of it (T, width). On a GPU x itself is changed.
-
-    Attention over packed documents, each row of a head times a gate. qkvo: (width, 4 width), the row-major view of Q, K, V and O,
-    each output x input. gate: (heads, 12), which gives one sigmoid gate a head. copy: normed in e4m3, or None. qkvo8: qkvo in e4m3
-    with its values in normed's dtype, or None. The last two of a layer's row of lambdas (layers, 4), float32, mix v with value,
-    rows of a value embedding (T, width; value residual, arXiv 2410.17897), if there is one. rotary: cos, sin and scale of
-    Rotary. visible: first and last, int32 (T); query i sees the keys first[i] to i, and key j is seen by the queries j to
-    last[j]; neither may decrease, so that a tile's bounds are those of its ends, and windows and documents of any length cost
-    no new compilation.
-    """
-    if x.is_cuda:
-        return _Attention.apply(x, normed, copy, qkvo, gate, qkvo8, lambdas, layer, value, rotary, visible)
-    (T, W), (cos, sin, scale), (_, _, l0, l1) = x.shape, rotary, lambdas[layer].unbind()
-    weights = qkvo.view(4, W, W)
-    qkv = F.linear(normed, weights[:3].flatten(0, 1)).view(T, 3, len(gate), -1)
-    gates = F.linear(normed[:, : gate.size(1)], gate)
-    y = attention_reference(*heads_reference(qkv, value, l0, l1, cos, sin), gates, visible[0], scale)
-    return x + F.linear(y.reshape(T, W), weights[3])
+@fused(attention_)
+def attention_fused_(x, h, qkvo: Weight, gate: Weight, lambdas: Weight, ve, rotary, mask: Mask) -> Tensor:
+    """As `attention_`."""
+    h = normed_handle(h, qkvo)
+    return _Attention.apply(x, h.value, ve, h.e4m3, (qkvo, gate, lambdas), rotary, mask)
 
 
-def relu_squared(x: Tensor) -> Tensor:
-    """ReLU^2 (arXiv 2109.08668)."""
-    return torch.relu(x).square()
+# ------------------------------------------------------------------------------------------------------
+# MLP: `mlp`
 
-
-def relu_squared_(x: Tensor) -> Tensor:
-    """`relu_squared` in place, where no gradient is recorded: the hidden units of a validation batch are large."""
-    return x.copy_(relu_squared(x))
-
-
-def relu_squared_backward(dout: Tensor, squares: Tensor) -> Tensor:
-    """The gradient of what ReLU^2 made squares of."""
-    return (dout * (2 * squares.float().sqrt())).to(dout.dtype)
+MLP_TILE = (128, 256, 128, 8, 3)  # rows, columns, depth in bytes, warps, stages: what an H100 holds
 
 
 @triton.jit
-def _store_squares(x, out, row, column, SCALE: tl.constexpr):
+def _store_squares(x, out, row, column, SCALE):
     x = tl.maximum(x * SCALE, 0.0)
     out.store([row, column], tl.minimum(x * x, 448.0).to(out.dtype))  # the largest e4m3
 
@@ -916,13 +1843,29 @@ def _store_gradient(x, squares, out, wide, row, column):
 
 
 @triton.jit
-def _mlp_kernel(a, b, out, hidden, wide, T, N, K, PROGRAMS, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _mlp_kernel(
+    a,
+    b,
+    out,
+    hidden,
+    wide,
+    T,
+    N,
+    K,
+    PROGRAMS,
+    SCALE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """out (T, N) = relu(SCALE a b^T)^2, in e4m3 as a (T, K) and b (N, K) are.
 
-    Given such a hidden (T, N), out is a b times the slope there, twice the root of hidden, for b (K, N); and wide is hidden in their dtype.
+    Given such a hidden (T, N), out is a b times the slope there, twice the root of hidden, for b (K, N); and
+    wide is hidden in their dtype.
     """
     across = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):  # the next tile loads while this one is stored
+    # Flattened, so that the next tile loads while this one is stored.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):
         row, column = tile // across * BM, tile % across * BN
         x = tl.zeros([BM, BN], tl.float32)
         for k in range(0, K, BK):
@@ -934,108 +1877,119 @@ def _mlp_kernel(a, b, out, hidden, wide, T, N, K, PROGRAMS, SCALE: tl.constexpr,
             _store_squares(left, out, row, column, SCALE)
             _store_squares(right, out, row, column + BN // 2, SCALE)
         else:
-            low, high = hidden.load([row, column]).reshape(BM, 2, BN // 2).permute(0, 2, 1).split()  # one load, since each waits
+            squares = hidden.load([row, column])  # one load, since each waits
+            low, high = squares.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
             _store_gradient(left, low, out, wide, row, column)
             _store_gradient(right, high, out, wide, row, column + BN // 2)
 
 
-MLP_TILE = (128, 256, 128, 8, 3)  # rows, columns, depth in bytes, warps, stages: what fits an H100's shared memory and registers
-
-
-def _mlp_launch(a: Tensor, b: Tensor, out: Tensor, hidden: Tensor | None = None, wide: Tensor | None = None, scale: float = 1.0):
+def _mlp_launch(a: Tensor, b: Tensor, out: Tensor, hidden: Tensor | None, wide: Tensor | None, scale: float):
     """Run `_mlp_kernel`."""
     (T, K), N = a.shape, out.size(1)
     BM, BN, BK, warps, stages = MLP_TILE
     BK //= a.element_size()
-    tiles = [t if t is None else TensorDescriptor.from_tensor(t, [BM, width]) for t, width in ((out, BN // 2), (hidden, BN), (wide, BN // 2))]
-    _mlp_kernel[(programs(a),)](
-        TensorDescriptor.from_tensor(a, [BM, BK]), TensorDescriptor.from_tensor(b, [BN, BK] if hidden is None else [BK, BN]), *tiles,
-        T, N, K, programs(a), SCALE=scale, BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    tiles = [_descriptor(a, BM, BK), _descriptor(b, *((BN, BK) if hidden is None else (BK, BN)))]
+    tiles += [_descriptor(out, BM, BN // 2), _descriptor(hidden, BM, BN), _descriptor(wide, BM, BN // 2)]
+    sizes = {"SCALE": scale, "BM": BM, "BN": BN, "BK": BK, "num_warps": warps, "num_stages": stages}
+    count = programs(a)
+    _mlp_kernel[(count,)](*tiles, T, N, K, count, **sizes)
 
 
-def mlp_hidden(x8: Tensor, in8: Tensor, scale: float) -> Tensor:
-    """Hidden units relu(scale x8 in8^T)^2 (T, hidden), of x8 (T, width) and in8 (hidden, width), all in e4m3."""
-    hidden = x8.new_empty(len(x8), len(in8))
-    _mlp_launch(x8, in8, hidden, scale=scale)
+def mlp_hidden(h_e4m3: Tensor, c_fc_t: Tensor) -> Tensor:
+    """Hidden units (T, N) in e4m3, by the copies of a normalized activation (T, C) and of c_fc^T (N, C)."""
+    hidden = h_e4m3.new_empty(len(h_e4m3), len(c_fc_t))
+    _mlp_launch(h_e4m3, c_fc_t, hidden, None, None, normed_scale(h_e4m3.size(1)) * WEIGHT_SCALE)
     return hidden
 
 
-def mlp_hidden_backward(dy: Tensor, w_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of what ReLU^2 made hidden of, given dy (T, width), that of hidden w_out^T; and hidden in dy's dtype."""
+def mlp_hidden_backward(dy: Tensor, c_proj: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of ReLU^2's input, given dy (T, C), that of hidden c_proj^T; and hidden in dy's dtype."""
     dhidden, wide = torch.empty_like(hidden, dtype=dy.dtype), torch.empty_like(hidden, dtype=dy.dtype)
-    _mlp_launch(dy, w_out, dhidden, hidden, wide)
+    _mlp_launch(dy, c_proj, dhidden, hidden, wide, 1.0)
     return dhidden, wide
 
 
+def relu_squared_(x: Tensor) -> Tensor:
+    """ReLU^2 in place: the hidden units of a validation batch are large."""
+    return x.copy_(torch.relu(x).square())
+
+
+def relu_squared_backward(dout: Tensor, squares: Tensor) -> Tensor:
+    """The gradient of what ReLU^2 made squares of."""
+    return (dout * (2 * squares.float().sqrt())).to(dout.dtype)
+
+
 class _MLP(torch.autograd.Function):
-    """`mlp` on a GPU. Gradients of its weights are added straight into theirs."""
+    """`mlp`. Gradients of its weights are added straight into theirs.
+
+    With FP8 copies, hidden units are kept in e4m3 alone: that is what c_proj multiplies, and what its
+    gradient and the slope of ReLU^2 are taken of.
+    """
 
     @staticmethod
-    def forward(ctx, x, normed, copy, w_in, w_out, in8, out8):
-        ctx.weights = w_in, w_out, *((w_in, w_out) if in8 is None else (in8[1], out8[1]))
-        if in8 is None:
-            hidden = fused(relu_squared_, normed @ w_in)
-            y = F.linear(hidden, w_out)
+    def forward(ctx, x, h, e4m3, c_fc, c_proj):
+        if e4m3 is None or c_fc.e4m3_t is None:
+            hidden = call_compiled(relu_squared_, h @ c_fc.value)
+            y = F.linear(hidden, c_proj.value)
         else:
-            hidden = mlp_hidden(copy, in8[0], normed_scale(x) * WEIGHT_SCALE)
+            hidden = mlp_hidden(e4m3, c_fc.e4m3_t)
             scales = constant(1.0, x.device), constant(WEIGHT_SCALE, x.device)
-            y = torch._scaled_mm(hidden, out8[0].t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
-        ctx.save_for_backward(normed, hidden)
+            y = torch._scaled_mm(hidden, c_proj.e4m3.t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
+        ctx.save_for_backward(h, hidden)
+        ctx.weights = c_fc, c_proj
         return x + y
 
     @staticmethod
     def backward(ctx, dx):
-        (normed, hidden), (w_in, w_out, in_read, out_read), dx = ctx.saved_tensors, ctx.weights, dx.contiguous()
+        (h, hidden), (c_fc, c_proj), dx = ctx.saved_tensors, ctx.weights, dx.contiguous()
         if hidden.dtype == dx.dtype:
-            dhidden = fused(relu_squared_backward, dx @ w_out, hidden)
+            dhidden = call_compiled(relu_squared_backward, dx @ c_proj.value, hidden)
+            c_fc_read = c_fc.value
         else:
-            dhidden, hidden = mlp_hidden_backward(dx, out_read, hidden)
-        gradient(w_out).addmm_(dx.t(), hidden)
-        gradient(w_in).addmm_(normed.t(), dhidden)
-        return dx, dhidden @ in_read.t(), None, None, None, None, None
+            dhidden, hidden = mlp_hidden_backward(dx, c_proj.read, hidden)
+            c_fc_read = c_fc.read
+        c_proj.grad.addmm_(dx.t(), hidden)
+        c_fc.grad.addmm_(h.t(), dhidden)
+        return dx, dhidden @ c_fc_read.t(), None, None, None
 
 
-def mlp(x: Tensor, normed: Tensor, copy: Tensor | None, w_in: Tensor, w_out: Tensor, in8=None, out8=None) -> Tensor:
-    """The residual stream x (T, width), plus one MLP path over what is normed of it: relu(normed w_in)^2 w_out^T.
-
-    Both weights (width, hidden). copy: normed in e4m3, or None. in8, out8: in e4m3 the transposed w_in and w_out, each with
-    its values in normed's dtype, not transposed; or None. With copies, hidden units are kept in e4m3 alone: that is what w_out
-    multiplies, and what its gradient and ReLU^2's slope are taken of.
-    """
-    if x.is_cuda:
-        return _MLP.apply(x, normed, copy, w_in, w_out, in8, out8)
-    return x + F.linear(relu_squared(normed @ w_in), w_out)
+@fused(mlp)
+def mlp_fused(x: Tensor, h: Tensor | Normed, c_fc: Weight, c_proj: Weight) -> Tensor:
+    """As `mlp`."""
+    h = normed_handle(h, c_fc)
+    return _MLP.apply(x, h.value, h.e4m3, c_fc, c_proj)
 
 
-SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits are 30 * sigmoid(z / 7.5) = 15 * (1 + tanh(z / 15))
-TANH_CAP, TANH_SLOPE = SOFTCAP / 2 / math.log(2), 0.5 / SOFTCAP_SLOPE  # the same in base 2: TANH_CAP * (1 + tanh(TANH_SLOPE * z))
-GRAD_SCALE = 1 / 448  # of the FP8 gradient of z, whose values lie within -1 and 1
+# ------------------------------------------------------------------------------------------------------
+# Loss: `softcapped_cross_entropy` and `head_loss`. Logits are 30 sigmoid(z / 7.5) = 15 (1 + tanh(z / 15)),
+# in base 2 CAP (1 + tanh(SLOPE z)).
 
-
-def softcap(z: Tensor) -> Tensor:
-    """Logits, float32, of head outputs z of any shape: bounded (arXiv 2408.00118)."""
-    return SOFTCAP * torch.sigmoid(z.float() / SOFTCAP_SLOPE)
-
-
-def loss_reference(z: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each row of head outputs z (T, classes), softcapped, in float32: (T,)."""
-    return F.cross_entropy(softcap(z), targets.long(), reduction="none")
+CAP, SLOPE = SOFTCAP / 2 / math.log(2), 0.5 / SOFTCAP_SLOPE
 
 
 @triton.jit
-def _tanh(x, EXACT: tl.constexpr):
+def _tanh(x, EXACT):
     """tanh of float32 x; unless exact, to 2^-11 in one instruction, where three bound the loss kernels."""
     if EXACT:
         return 2 * tl.sigmoid(2 * x) - 1
-    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
 def _loss_kernel(
-    z_ptr, target_ptr, loss_ptr, lse_ptr, V, CAP: tl.constexpr, SLOPE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Loss and base-2 log-sum-exp of one row. In base 2 logits are CAP (1 + tanh(SLOPE z)), so 2 CAP stands in for the largest."""
+    z_ptr,
+    target_ptr,
+    loss_ptr,
+    lse_ptr,
+    V,
+    CAP: tl.constexpr,
+    SLOPE: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Loss and base-2 log-sum-exp of one row; 2 CAP stands in for its largest logit."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
@@ -1044,17 +1998,20 @@ def _loss_kernel(
         total += tl.where(at < V, tl.exp2(CAP * _tanh(SLOPE * z, EXACT) - CAP), 0.0)
     lse = tl.log2(tl.sum(total, 0)) + 2 * CAP
     z = tl.load(z_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32)
-    tl.store(loss_ptr + row, (lse - CAP - CAP * _tanh(SLOPE * z, EXACT)) * 0.6931471805599453)  # ln(2)
+    loss = (lse - CAP - CAP * _tanh(SLOPE * z, EXACT)) * 0.6931471805599453  # ln(2)
+    tl.store(loss_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
 
 
 @triton.jit
 def _e5m2_pair(low, high):
-    """The bits of two numbers in e5m2, as the upper bytes of a uint32's halves: float16's upper halves, rounded to nearest even.
+    """The bits of two numbers in e5m2, as the upper bytes of a uint32's halves: float16's, rounded.
 
-    By hand, since ptxas of Triton 3.6 and 3.7.1 miscompiles, or never ends on, bytes taken from converted FP8.
+    By hand, since ptxas of Triton 3.6 and 3.7.1 miscompiles, or never ends on, bytes of converted FP8.
     """
-    pair = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1)
+    pair = tl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+    )
     return pair + 0x7F007F + ((pair >> 8) & 0x10001)
 
 
@@ -1062,16 +2019,19 @@ def _e5m2_pair(low, high):
 def _e5m2_bytes(pair):
     """The low ones and the high ones of such pairs, four columns in as many instructions."""
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 a, b; prmt.b32 a, $2, $3, 0x7351; prmt.b32 b, $4, $5, 0x7351; prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }",
-        "=r,=r,r,r,r,r", [pair], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
-    )  # fmt: skip
+        "{ .reg .b32 a, b; prmt.b32 a, $2, $3, 0x7351; prmt.b32 b, $4, $5, 0x7351;"
+        " prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }",
+        "=r,=r,r,r,r,r",
+        [pair],
+        dtype=(tl.uint8, tl.uint8),
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
-def _loss_gradient(
-    z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN: tl.constexpr, CAP: tl.constexpr, SLOPE: tl.constexpr, EXACT: tl.constexpr
-):  # fmt: skip
-    """The gradient of z at rows x columns, float32, where GAIN stands for the softcap's slope at 0; and what of it is inside."""
+def _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, CAP, SLOPE, EXACT):
+    """The gradient of z at rows x columns, float32, by GAIN, the softcap's slope at 0; and what is inside."""
     inside = (rows[:, None] < T) & (columns[None, :] < V)
     z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     base = CAP - tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
@@ -1085,21 +2045,45 @@ def _loss_gradient(
 
 @triton.jit
 def _loss_backward_kernel(
-    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, words_ptr, T, V, QUADS, GAIN: tl.constexpr,
-    CAP: tl.constexpr, SLOPE: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Gradient of z for 4 BM rows, in dz's dtype; or in the bits of e5m2, and its transpose in words of four rows."""
+    z_ptr,
+    target_ptr,
+    lse_ptr,
+    dloss_ptr,
+    dz_ptr,
+    words_ptr,
+    T,
+    V,
+    QUADS,
+    GAIN: tl.constexpr,
+    CAP: tl.constexpr,
+    SLOPE: tl.constexpr,
+    FP8: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Gradient of z for 4 BM rows, in dz's dtype; or in e5m2's bits, and its transpose in words of 4 rows."""
     quads = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     before = tl.zeros([BM, BN], tl.uint32)
     for half in tl.static_range(2):
         rows = 4 * quads + 2 * half
         at = rows[:, None] * V + columns[None, :]
-        low, low_inside = _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, CAP, SLOPE, not FP8)
-        high, high_inside = _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows + 1, columns, T, V, GAIN, CAP, SLOPE, not FP8)
+        low, low_inside = _loss_gradient(
+            z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, CAP, SLOPE, not FP8
+        )
+        high, high_inside = _loss_gradient(
+            z_ptr, target_ptr, lse_ptr, dloss_ptr, rows + 1, columns, T, V, GAIN, CAP, SLOPE, not FP8
+        )
         if FP8:
             pair = _e5m2_pair(low, high)
-            words = tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7531;", "=r,r,r", [before, pair], dtype=tl.uint32, is_pure=True, pack=1)
+            words = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, 0x7531;",
+                "=r,r,r",
+                [before, pair],
+                dtype=tl.uint32,
+                is_pure=True,
+                pack=1,
+            )
             before = pair
             low, high = _e5m2_bytes(pair)
         tl.store(dz_ptr + at, low.to(dz_ptr.dtype.element_ty), mask=low_inside)
@@ -1109,45 +2093,70 @@ def _loss_backward_kernel(
         tl.store(words_ptr + at, tl.trans(words), mask=(columns[:, None] < V) & (quads[None, :] < QUADS))
 
 
-def loss_forward(z: Tensor, targets: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    """The Triton twin of `loss_reference`: loss and base-2 log-sum-exp of each row, float32 (T,); unless exact, tanh is to 2^-11."""
+def cross_entropy_forward(z: Tensor, targets: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """Loss and base-2 log-sum-exp of each row of z (T, V), float32 (T,); unless exact, tanh is to 2^-11."""
     T, V = z.shape
     loss, lse = z.new_empty(T, dtype=torch.float32), z.new_empty(T, dtype=torch.float32)
-    _loss_kernel[(T,)](z, targets, loss, lse, V, CAP=TANH_CAP, SLOPE=TANH_SLOPE, EXACT=exact, BLOCK=2048, num_warps=4)
+    sizes = {"CAP": CAP, "SLOPE": SLOPE, "EXACT": exact, "BLOCK": 2048}
+    _loss_kernel[(T,)](z, targets, loss, lse, V, **sizes, num_warps=4)
     return loss, lse
 
 
-def loss_backward(z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradient of z (T, classes), given that of each row's loss, in z's dtype; or in e5m2, divided by GRAD_SCALE, and its transpose.
+def cross_entropy_backward(
+    z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of z (T, V) in its dtype; or in e5m2, divided by GRAD_SCALE, and its transpose.
 
-    lse is that of `loss_forward`, exact but for e5m2. For e5m2, T must be a multiple of 4.
+    lse is that of `cross_entropy_forward`, exact but for e5m2. For e5m2, T must be a multiple of 4.
     """
     T, V = z.shape
     dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
     dzt = dz.new_empty(V, T) if fp8 else None
     out, words = (dz.view(torch.uint8), dzt.view(torch.int32)) if fp8 else (dz, None)
+    gain = SOFTCAP / 2 * SLOPE * (1 / GRAD_SCALE if fp8 else 1)
+    sizes = {"GAIN": gain, "CAP": CAP, "SLOPE": SLOPE, "FP8": fp8, "BM": 16, "BN": 128}
     _loss_backward_kernel[triton.cdiv(V, 128), triton.cdiv(T, 64)](
-        z, targets, lse, dloss, out, words, T, V, T // 4, GAIN=SOFTCAP / 2 * TANH_SLOPE * (1 / GRAD_SCALE if fp8 else 1),
-        CAP=TANH_CAP, SLOPE=TANH_SLOPE, FP8=fp8, BM=16, BN=128, num_warps=4,
-    )  # fmt: skip
+        z, targets, lse, dloss, out, words, T, V, T // 4, **sizes, num_warps=4
+    )
     return dz, dzt
 
 
-class _HeadLoss(torch.autograd.Function):
-    """The head's product and its loss on a GPU. In FP8 the gradients contract the FP8 copies too."""
+class _CrossEntropy(torch.autograd.Function):
+    """`softcapped_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, copies):
+    def forward(ctx, z, targets):
+        loss, lse = cross_entropy_forward(z.contiguous(), targets, exact=True)
+        ctx.save_for_backward(z, targets, lse)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        z, targets, lse = ctx.saved_tensors
+        return cross_entropy_backward(z.contiguous(), targets, lse, dloss.contiguous(), fp8=False)[0], None
+
+
+@fused(softcapped_cross_entropy)
+def softcapped_cross_entropy_fused(z: Tensor, targets: Tensor) -> Tensor:
+    """As `softcapped_cross_entropy`."""
+    return _CrossEntropy.apply(z, targets)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """`head_loss`. With FP8 copies of both operands, the gradients contract them too."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, copies):
         ctx.fp8 = copies is not None
         if ctx.fp8:
-            x8, w8, w8t = copies
-            scales = [constant(scale, x.device) for scale in (normed_scale(x), WEIGHT_SCALE, GRAD_SCALE)]
-            z = torch._scaled_mm(x8, w8.t(), scales[0], scales[1], out_dtype=torch.bfloat16, use_fast_accum=True)
-            operands = (x8, w8t, *scales)
+            h_e4m3, e4m3, e4m3_t = copies
+            scales = [constant(x, h.device) for x in (normed_scale(h.size(1)), WEIGHT_SCALE, GRAD_SCALE)]
+            z = torch._scaled_mm(h_e4m3, e4m3.t(), *scales[:2], out_dtype=torch.bfloat16, use_fast_accum=True)
+            operands = (h_e4m3, e4m3_t, *scales)
         else:
-            z = x @ weight.t()
-            operands = (x, weight)
-        loss, lse = loss_forward(z, targets, exact=not ctx.fp8)
+            z = h @ weight.t()
+            operands = (h, weight)
+        loss, lse = cross_entropy_forward(z, targets, exact=not ctx.fp8)
         ctx.z = z  # not a saved tensor: the largest of all, it goes before the products of the backward pass
         ctx.save_for_backward(targets, lse, *operands)
         return loss
@@ -1155,25 +2164,31 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         targets, lse, *operands = ctx.saved_tensors
-        dz, dzt = loss_backward(ctx.z, targets, lse, dloss.contiguous(), ctx.fp8)
+        dz, dzt = cross_entropy_backward(ctx.z, targets, lse, dloss.contiguous(), ctx.fp8)
         ctx.z = None
         if not ctx.fp8:
-            x, weight = operands
-            return dz @ weight, (dz.t() @ x).float(), None, None
-        x8, w8t, x_scale, w_scale, z_scale = operands
-        x8t = fused(transposed, x8.view(torch.uint8)).view(x8.dtype)  # FP8 products want both operands contiguous along the sum
-        dx = torch._scaled_mm(dz, w8t.t(), z_scale, w_scale, out_dtype=torch.bfloat16)
-        dw = torch._scaled_mm(dzt, x8t.t(), z_scale, x_scale, out_dtype=torch.float32)
-        return dx, dw, None, None
+            h, weight = operands
+            return dz @ weight, (dz.t() @ h).float(), None, None
+        h_e4m3, e4m3_t, h_scale, w_scale, z_scale = operands
+        h_t = call_compiled(transposed, h_e4m3.view(torch.uint8)).view(h_e4m3.dtype)
+        dh = torch._scaled_mm(dz, e4m3_t.t(), z_scale, w_scale, out_dtype=torch.bfloat16)
+        dw = torch._scaled_mm(dzt, h_t.t(), z_scale, h_scale, out_dtype=torch.float32)
+        return dh, dw, None, None
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, copies: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """Loss of each token, float32 (T,), for normed activations x (T, width), head weight (classes, width), targets int32 (T,).
+@fused(head_loss)
+def head_loss_fused(h: Tensor, lm_head: Weight, targets: Tensor) -> Tensor:
+    """As `head_loss`; in FP8 training e4m3 x e4m3 forward, e5m2 x e4m3 back, and an approximate softcap."""
+    if not (torch.is_grad_enabled() and in_fp8(h.device, "head")):
+        return _HeadLoss.apply(h, lm_head.value, targets, None)
+    if lm_head.e4m3 is None:  # some other table stands in for the head
+        lm_head = lm_head._replace(**fp8_copies(lm_head.value.detach(), FP8_COPIES["lm_head"]))
+    h_e4m3 = call_compiled(to_e4m3, h.detach(), normed_scale(h.size(1)))
+    return _HeadLoss.apply(h, lm_head.value, targets, (h_e4m3, lm_head.e4m3, lm_head.e4m3_t))
 
-    On a GPU the gradient of the weight comes out in float32. Given e4m3 copies of x, of the weight and of its
-    transpose, the products are e4m3 x e4m3 forward, e5m2 x e4m3 back, and the softcap is approximate.
-    """
-    return _HeadLoss.apply(x, weight, targets, copies) if x.is_cuda else loss_reference(x @ weight.t(), targets)
+
+# ------------------------------------------------------------------------------------------------------
+# Embedding: `embedding`
 
 
 @triton.jit
@@ -1185,235 +2200,80 @@ def _scatter_add_kernel(table_ptr, tokens_ptr, rows_ptr, C, BLOCK: tl.constexpr)
     tl.atomic_add(table_ptr + token * C + columns, x, mask=columns < C, sem="relaxed")
 
 
-def scatter_add(table: Tensor, tokens: Tensor, rows: Tensor):
-    """The Triton twin of `table.index_add_(0, tokens, rows)`, for a float32 table (classes, width) and rows (T, width) of any dtype."""
+def scatter_add_(table: Tensor, tokens: Tensor, rows: Tensor):
+    """Add rows (T, C) of any dtype to the rows of a float32 table (V, C) that tokens name."""
     T, C = rows.shape
     _scatter_add_kernel[T, triton.cdiv(C, 256)](table, tokens, rows, C, BLOCK=256, num_warps=2)
 
 
-class _Lookup(torch.autograd.Function):
-    """Rows of a table, whose gradient is added straight into the table's .grad: no dense gradient is made on the way."""
+class _Embedding(torch.autograd.Function):
+    """`embedding`, whose gradient is added straight into the table's: no dense one is made on the way."""
 
     @staticmethod
-    def forward(ctx, tokens, table):
+    def forward(ctx, tokens, table, grad):
         ctx.save_for_backward(tokens)
-        ctx.table = table
+        ctx.grad = grad
         return F.embedding(tokens, table)
 
     @staticmethod
     def backward(ctx, dout):
-        (tokens,), grad = ctx.saved_tensors, gradient(ctx.table)
-        if grad.is_cuda:
-            scatter_add(grad, tokens, dout.contiguous())
-        else:
-            grad.index_add_(0, tokens, dout)
-        return None, None
+        scatter_add_(ctx.grad, *ctx.saved_tensors, dout.contiguous())
+        return None, None, None
 
 
-def lookup(tokens: Tensor, table: nn.Parameter) -> Tensor:
-    """Rows (T, width) of a table (classes, width) for tokens int32 (T,)."""
-    return _Lookup.apply(tokens, table)
+@fused(embedding)
+def embedding_fused(tokens: Tensor, table: Weight) -> Tensor:
+    """As `embedding`."""
+    return _Embedding.apply(tokens, table.value, table.grad)
 
 
-# ======================================================================================================================
-# Model
-
-GATE_CHANNELS = 12  # gates read only the first channels
+# ======================================================================================================
+# Sharding: processes and devices, banks of parameters, and the optimizers over them
 
 
-@dataclass
-class Batch:
-    """Packed documents, int32 (T,) each: inputs, targets, and the first and last index of each token's document."""
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: its rank, the number of processes and the device that it computes on."""
 
-    inputs: Tensor
-    targets: Tensor
-    first: Tensor
-    last: Tensor
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
 
-
-class Rotary(nn.Module):
-    """Half-truncated rotary tables and the softmax scale, rescaled as the window grows (YaRN, arXiv 2309.00071).
-
-    cos, sin: (max_tokens, head_dim / 2); a quarter of head_dim turns, the rest stands still. Positions are indices in the
-    packed sequence. frequencies (radians a token) and scale stay float32.
-    """
-
-    def __init__(self, head_dim: int, max_tokens: int, dtype: torch.dtype):
-        super().__init__()
-        turning = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
-        self.register_buffer("frequencies", torch.cat([turning, torch.zeros(head_dim // 4)]))
-        self.register_buffer("scale", torch.tensor(0.1))
-        self.register_buffer("cos", torch.empty(max_tokens, head_dim // 2, dtype=dtype))
-        self.register_buffer("sin", torch.empty(max_tokens, head_dim // 2, dtype=dtype))
-        self.fill()
-
-    def fill(self):
-        """Write the tables anew, in place."""
-        angles = torch.outer(torch.arange(len(self.cos), dtype=torch.float32, device=self.cos.device), self.frequencies)
-        self.cos.copy_(angles.cos())
-        self.sin.copy_(angles.sin())
-
-    def extend(self, old: int, new: int):
-        """Adapt to a long window that grows from old to new tokens: slow frequencies stretch with it, fast ones stay."""
-        rotations = old * self.frequencies / (2 * math.pi)
-        keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
-        self.frequencies.mul_(old / new + keep * (1 - old / new))
-        self.scale.mul_(1 + 0.2 * math.log(new / old))
-        self.fill()
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and products: bf16 on a GPU, float32 on a CPU."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
-def embed(e: Tensor, gate: Tensor, s: Tensor) -> Tensor:
-    """Smear each raw embedding (T, width) forward by one token, by its own gate (1, 12) and the scalar s; then norm."""
-    mixed = s * torch.sigmoid(F.linear(e[1:, :GATE_CHANNELS], gate)) * e[:-1]
-    return norm(torch.cat([e[:1], e[1:] + mixed]))
-
-
-def join(x: Tensor, gate: Tensor, kept: Tensor) -> Tensor:
-    """A long skip: the residual stream x (T, width) and what was kept of it, times its gate's sigmoid."""
-    return x + torch.sigmoid(gate) * kept
-
-
-def block(x: Tensor, x0: Tensor, lambdas: Tensor, layer: int, attention_paths, mlp_paths, value: Tensor | None, rotary, visible, shared: dict) -> Tensor:
-    """One layer slot: the residual stream x (T, width), mixed with x0, plus its attention paths, plus its MLP paths.
-
-    A path: its matrices, then their pairs of copies or None. The other arguments as in `mix` and `attention`.
-    """
-    fp8 = any(path[-1] is not None for path in (*attention_paths, *mlp_paths))
-    x, normed, copy = mix(x, x0, lambdas, layer, shared, fp8)
-    for path in attention_paths:
-        x = attention(x, normed, copy, *path, lambdas, layer, value, rotary, visible)
-    if attention_paths and mlp_paths:
-        x, normed, copy = renorm(x, fp8)
-    for path in mlp_paths:
-        x = mlp(x, normed, copy, *path)
-    return x
-
-
-def leave(x: Tensor, backout: Tensor, kept: Tensor | None, fp8: bool) -> tuple[Tensor, Tensor | None]:
-    """The head's input: the residual stream (T, width) without its share, backout, of an earlier layer's output; then norm. With fp8, its e4m3 copy."""
-    x = norm(x if kept is None else x - backout * kept)
-    return x, to_e4m3(x.detach(), 1 / normed_scale(x)) if fp8 else None
-
-
-class Slot(nn.Module):
-    """The matrices of one layer slot, by path: attention (width, 4 width), gate (heads, 12), mlp_in and mlp_out (width, 4 width)."""
-
-    def __init__(self, layer: Layer, width: int, heads: int, dtype: torch.dtype, generator: torch.Generator):
-        super().__init__()
-        bound = 3**0.5 * 0.5 * width**-0.5
-
-        def matrices(count: int, live: int):
-            """Matrices of which the first `live` of four quarters are uniform and the rest zero."""
-            stack = torch.zeros(count, 4, width, width)
-            stack[:, :live].uniform_(-bound, bound, generator=generator)
-            return nn.ParameterList(stack.view(count, width, 4 * width).unbind())
-
-        self.attention = matrices(layer.attention, live=3)
-        self.gate = nn.ParameterList(torch.zeros(layer.attention, heads, GATE_CHANNELS, dtype=dtype).unbind())
-        self.mlp_in = matrices(layer.mlp, live=4)
-        self.mlp_out = matrices(layer.mlp, live=0)
-
-
-class GPT(nn.Module):
-    """The language model.
-
-    Parameters are drawn in float32 on the CPU from the seed. Embeddings, head and gates are cast to the world's dtype at
-    once, the hidden matrices by the optimizer, which keeps the float32 masters; scalars stay float32.
-    """
-
-    def __init__(self, s: Hyperparameters, world: World):
-        super().__init__()
-        generator = torch.Generator().manual_seed(s.seed)
-        self.layers, self.skips, self.backout_layer = layer_table(s), skip_table(s), s.backout
-        self.kinds, self.copies = {}, {}  # e4m3 copies, with their values: of all matrices of a kind, and of each parameter, as it is or transposed
-        classes, width = s.classes, s.model_dim
-        draw = lambda: nn.Parameter(torch.randn(classes, width, generator=generator).to(world.dtype))  # noqa: E731
-        self.embedding = draw()
-        self.values = nn.ParameterList(draw() for _ in range(1 + max(layer.value for layer in self.layers)))
-        self.slots = nn.ModuleList(Slot(layer, width, s.num_heads, world.dtype, generator) for layer in self.layers)
-        self.head = nn.Parameter(torch.zeros(classes, width, dtype=world.dtype))
-        self.smear_gate = nn.Parameter(torch.zeros(1, GATE_CHANNELS, dtype=world.dtype))
-        # One row a layer: a (of x), b (of x0), l0 (of v), l1 (of the value embedding).
-        self.lambdas = nn.Parameter(torch.tensor([[1.1, 0.0, 0.5, 0.5]] * len(self.layers)))
-        # Smear, backout, then a gate a skip.
-        self.scalars = nn.Parameter(torch.tensor([0.0, 0.5] + [-1.5] * len(self.skips)))
-        self.rotary = Rotary(width // s.num_heads, max(s.train_tokens, s.val_tokens_each), world.dtype)
-        self.to(world.device)
-        self.fetch = lambda parameters: None  # called before parameters are read; Trainer waits there for their communication
-        self.compiled = [compiled(f) if world.device.type == "cuda" else f for f in (embed, join, leave)]  # for training alone
-
-    @torch.no_grad()
-    def quantize(self):
-        """Make the e4m3 copies of weights by which training goes on in FP8; later calls renew them in place, as a CUDA graph needs.
-
-        The blocks' have their values beside them, not transposed, in the weights' dtype: gradients go by what the products read, and
-        their few bits take matrix units less power.
-        """
-        slots = self.slots if on_hopper(self.head) else ()
-        of = lambda name: [p for slot in slots for p in getattr(slot, name)]  # noqa: E731
-        kinds = ((of("attention"), False), (of("mlp_in"), True), (of("mlp_out"), False), ([self.head], False), ([self.head], True))
-        for kind, (parameters, turned) in enumerate(kinds):
-            if parameters:
-                copy = fused(to_e4m3, torch.stack(parameters), 1 / WEIGHT_SCALE)
-                values = [] if parameters[0] is self.head else [copy.to(self.head.dtype).mul_(WEIGHT_SCALE)]
-                new = [fused(transposed, copy.view(torch.uint8)).view(copy.dtype) if turned else copy, *values]
-                if kind in self.kinds:
-                    for kept, renewed in zip(self.kinds[kind], new, strict=True):
-                        kept.copy_(renewed)
-                else:
-                    self.kinds[kind] = new
-                    self.copies |= {(p, turned): pair for p, pair in zip(parameters, zip(*new, strict=True), strict=True)}
-
-    def trunk(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """What the head reads: (T, width), normed, and in FP8 training its e4m3 copy. windows: how many tokens back short and long layers see.
-
-        They may be int32 tensors, which a CUDA graph reads anew.
-        """
-        self.fetch((self.smear_gate, self.scalars, self.lambdas, self.embedding, *self.values))
-        embed_, join_, leave_ = self.compiled if self.training else (embed, join, leave)
-        copies = self.copies if self.training else {}
-        at = torch.arange(len(batch.inputs), dtype=torch.int32, device=batch.inputs.device)
-        visible = {
-            name: (torch.maximum(batch.first, at - window), torch.minimum(batch.last, at + window))
-            for name, window in zip(("short", "long"), windows, strict=True)
-        }
-        rotary = (self.rotary.cos, self.rotary.sin, self.rotary.scale)
-        smear, backout, *skip_gates = self.scalars.unbind()
-        values = [lookup(batch.inputs, table) for table in self.values]
-        x0 = embed_(lookup(batch.inputs, self.embedding), self.smear_gate, smear)
-        x, shared = x0, {}
-        kept, wanted = {}, {self.backout_layer, *(source for source, _ in self.skips)}
-        for i, (layer, slot) in enumerate(zip(self.layers, self.slots, strict=True)):
-            if layer.attention or layer.mlp:
-                self.fetch(slot.parameters())
-                for (source, target), gate in zip(self.skips, skip_gates, strict=True):
-                    x = join_(x, gate, kept[source]) if target == i else x
-                attention_paths = tuple((w, gate, copies.get((w, False))) for w, gate in zip(slot.attention, slot.gate, strict=True))
-                mlp_paths = tuple((w, v, copies.get((w, True)), copies.get((v, False))) for w, v in zip(slot.mlp_in, slot.mlp_out, strict=True))
-                value = values[layer.value] if layer.attention and layer.value >= 0 else None
-                x = block(x, x0, self.lambdas, i, attention_paths, mlp_paths, value, rotary, visible[layer.window], shared)
-            if i in wanted:
-                kept[i] = x
-        return leave_(x, backout, kept.get(self.backout_layer), bool(copies))
-
-    def forward(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> Tensor:
-        """Loss of each token of the batch, float32 (T,); arguments as in `trunk`."""
-        x, x8 = self.trunk(batch, windows)
-        self.fetch((self.head,))
-        if self.training:
-            copies = (x8, *self.copies[self.head, False], *self.copies[self.head, True]) if self.copies else None
-            return head_loss(x, self.head, batch.targets, copies)
-        # Evaluation: no FP8, and a slice at a time, since all logits at once would not fit.
-        slices = zip(x.split(8192), batch.targets.split(8192), strict=True)
-        return torch.cat([head_loss(part, self.head, targets) for part, targets in slices])
-
-    def logits(self, batch: Batch, windows: tuple[int, int] | tuple[Tensor, Tensor]) -> Tensor:
-        """Softcapped logits, float32 (T, classes), the classes beyond the vocabulary included; arguments as in `trunk`."""
-        return softcap(self.trunk(batch, windows)[0] @ self.head.t())
-
-
-# ======================================================================================================================
-# Optimizers
+def connect(s: Hyperparameters) -> World:
+    """Join the processes that torchrun started, if it did; raises UsageError if they do not fit the run."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    gpus, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus and local_size > gpus:
+        raise UsageError(
+            f"--nproc_per_node={local_size}, but this machine has {gpus} GPUs; start at most {gpus} processes"
+        )
+    head_dim = s.model_dim // s.num_heads
+    for shape in dict.fromkeys(variant.shape for variant in first_steps(s)):
+        if shape.micro_batches % size:
+            raise UsageError(
+                f"--micro_batches={shape.micro_batches} cannot be dealt to {size} processes; give a multiple"
+                f" of {size}"
+            )
+        if gpus and (head_dim < 16 or head_dim & (head_dim - 1) or shape.micro_batch_tokens % 16):
+            raise UsageError(
+                f"--num_heads={s.num_heads} makes heads {head_dim} wide and"
+                f" --micro_batches={shape.micro_batches} packs {shape.micro_batch_tokens} tokens; a GPU needs"
+                " a power of two of at least 16, and a multiple of 16"
+            )
+    device = torch.device("cpu")
+    if gpus:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        run_operators_on_gpu()
+    if size > 1:
+        dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
+    return World(rank, size, device)
 
 
 # torch 2.13 has renamed these two, and 2.11 knows only the old names.
@@ -1421,44 +2281,77 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Stack:
-    """Parameters laid end to end in one buffer, cut into chunks of one unit a rank, and their gradients in another.
+def kind_of(name: str) -> str:
+    """What a parameter is, by its name: blocks.3.c_fc.0 is a c_fc, lm_head.weight an lm_head."""
+    return [part for part in name.split(".") if not part.isdecimal() and part != "weight"][-1]
 
-    The parameters become views of `work`, (chunks, ranks, unit), their gradients of a like buffer in grad_dtype; the end is
-    padded with zeros to a whole chunk. Rank r owns unit r of each chunk: `own`, (chunks, unit), in the parameters' first dtype,
-    which stays exact where work is rounded to dtype. Chunks are reduced as their last gradient arrives and gathered when updated.
+
+class Bank:
+    """Parameters of one optimizer, end to end, with all that belongs to them: their one owner.
+
+    They become views of `param`, (chunks, ranks, unit), in dtype, and their gradients views of a like `grad`
+    in grad_dtype; zeros pad the end to a whole chunk. Rank r updates unit r of each chunk: `master`, (chunks,
+    unit), in the parameters' first dtype, which stays exact where `param` is rounded. Beside it lie
+    `grad_shard` and the optimizer's `moments`. Chunks are reduced as their last gradient arrives, and
+    gathered once they are updated.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], unit: int | None, world: World, dtype: torch.dtype, grad_dtype: torch.dtype):
-        numel = sum(p.numel() for p in parameters)
-        unit = unit or math.ceil(numel / world.size)
-        self.numel, self.unit, self.chunks = numel, unit, math.ceil(numel / (unit * world.size))
-        self.parameters, self.world, self.armed, self.reduces, self.gathers = parameters, world, False, [], {}
-        exact = torch.zeros(self.chunks, world.size, unit, dtype=parameters[0].dtype, device=world.device)
-        exact.view(-1)[:numel].copy_(torch.cat([p.data.flatten() for p in parameters]))
-        self.work = exact.to(dtype)
-        self.own = self.work[:, world.rank] if dtype == exact.dtype else exact[:, world.rank].clone()
+    def __init__(self, parameters: dict[str, nn.Parameter], unit: int, world: World, dtype, grad_dtype):
+        self.names, self.parameters, self.world = list(parameters), list(parameters.values()), world
+        self.numel = sum(p.numel() for p in self.parameters)
+        self.unit, self.chunks = unit, math.ceil(self.numel / (unit * world.size))
+        first = self.parameters[0]
+        exact = torch.zeros(self.chunks, world.size, unit, dtype=first.dtype, device=world.device)
+        exact.view(-1)[: self.numel].copy_(torch.cat([p.data.flatten() for p in self.parameters]))
+        self.param = exact.to(dtype)
+        own = self.param if dtype == exact.dtype else exact
+        self.master = own[:, world.rank] if own is self.param else own[:, world.rank].clone()
         self.grad = torch.zeros_like(exact, dtype=grad_dtype)
-        self.own_grad = self.grad[:, 0] if world.size == 1 else torch.zeros_like(self.grad[:, 0])
+        self.grad_shard = self.grad[:, 0] if world.size == 1 else torch.zeros_like(self.grad[:, 0])
+        self.moments: Moments | None = None  # the optimizer's
         self.members = [set() for _ in range(self.chunks)]  # the parameters with a part in each chunk
+        self.syncing, self.reduces, self.gathers = False, [], {}
         start = 0
-        for p in parameters:
+        for p in self.parameters:
             end = start + p.numel()
             for chunk in range(start // (unit * world.size), math.ceil(end / (unit * world.size))):
                 self.members[chunk].add(p)
-            p.data = self.work.view(-1)[start:end].view_as(p)
+            p.data = self.param.view(-1)[start:end].view_as(p)
             p.grad_dtype = grad_dtype
             p.grad = self.grad.view(-1)[start:end].view_as(p)
             if world.size > 1:
-                p.register_post_accumulate_grad_hook(self._arrived)
+                p.register_post_accumulate_grad_hook(self._grad_arrived)
             start = end
+        self.copies, self.fp8_weights = {}, {}  # by kind: FP8 copies, and the places of their weights
+        for kind in dict.fromkeys(map(kind_of, self.names)):
+            if kind in FP8_COPIES and in_fp8(world.device, "head" if kind == "lm_head" else "blocks"):
+                self.fp8_weights[kind] = [i for i, name in enumerate(self.names) if kind_of(name) == kind]
 
-    def arm(self):
-        """Before the last backward pass of a step: from now on, reduce each chunk as soon as its gradients are whole."""
-        self.missing, self.armed = [set(members) for members in self.members], self.world.size > 1
+    def _matrices(self, places: list[int]) -> Tensor:
+        """The parameters at some places, all of one shape; a view where they lie equally far apart."""
+        even = slice(places[0], places[-1] + 1, max(1, places[-1] - places[0]) // max(1, len(places) - 1))
+        whole = self.param.view(-1)[: self.numel].view(len(self.names), *self.parameters[0].shape)
+        return whole[even if list(range(len(self.names))[even]) == places else places]
 
-    def _arrived(self, parameter: nn.Parameter):
-        if self.armed:
+    @torch.no_grad()
+    def quantize(self):
+        """Make the FP8 copies of the bank's weights, or renew them in place, as a CUDA graph needs."""
+        for kind, places in self.fp8_weights.items():
+            self.wait()
+            made = fp8_copies(self._matrices(places), FP8_COPIES[kind])
+            if kind not in self.copies:
+                self.copies[kind] = made
+                for i, place in enumerate(places):
+                    self.parameters[place].fp8_copies = {name: copies[i] for name, copies in made.items()}
+            for name, kept in self.copies[kind].items():
+                kept.copy_(made[name])
+
+    def require_grad_sync(self):
+        """Before the last backward pass of a step: reduce each chunk as soon as its gradients are whole."""
+        self.missing, self.syncing = [set(members) for members in self.members], self.world.size > 1
+
+    def _grad_arrived(self, parameter: nn.Parameter):
+        if self.syncing:
             for chunk, missing in enumerate(self.missing):
                 if parameter in missing:
                     missing.remove(parameter)
@@ -1466,36 +2359,38 @@ class Stack:
                         self._reduce(chunk)
 
     def _reduce(self, chunk: int):
-        self.reduces.append(reduce_scatter(self.own_grad[chunk], self.grad[chunk].view(-1), async_op=True))
+        handle = reduce_scatter(self.grad_shard[chunk], self.grad[chunk].view(-1), async_op=True)
+        self.reduces.append(handle)
 
-    def finish_reduce(self):
-        """After that backward pass: reduce what no hook announced, in the same order on every rank, and wait for all."""
-        if self.armed:
+    def finish_grad_sync(self):
+        """After that backward pass: reduce what no hook announced, in one order on all ranks, and wait."""
+        if self.syncing:
             for chunk, missing in enumerate(self.missing):
                 if missing:
                     self._reduce(chunk)
-        self.armed = False
+        self.syncing = False
         for handle in self.reduces:
             handle.wait()
         self.reduces.clear()
 
-    def publish(self):
-        """After the update of `own`: start to send it to every rank's `work`; `fetch` ends it. Gradients begin at zero again."""
-        self.fetch()
-        if self.own.data_ptr() != self.work[:, self.world.rank].data_ptr():
-            self.work[:, self.world.rank].copy_(self.own)
+    def all_gather(self):
+        """After the update of `master`: start to send it to every `param`; gradients begin at zero again."""
+        self.wait()
+        mine = self.param[:, self.world.rank]
+        if self.master.data_ptr() != mine.data_ptr():
+            mine.copy_(self.master)
         self.grad.zero_()
         if self.world.size > 1:
             for i in reversed(range(self.chunks)):  # the first layers lie at the end, and are read first
-                self.gathers[i] = all_gather(self.work[i].view(-1), self.work[i, self.world.rank], async_op=True)
+                self.gathers[i] = all_gather(self.param[i].view(-1), mine[i], async_op=True)
 
-    def fetch(self, parameter: nn.Parameter | None = None):
-        """Before a parameter, or all of them, are read from `work`: wait for their chunks."""
+    def wait(self, parameter: nn.Parameter | None = None):
+        """Before a parameter, or all of them, are read: wait for their chunks."""
         for chunk in [i for i in self.gathers if parameter is None or parameter in self.members[i]]:
             self.gathers.pop(chunk).wait()
 
-    def collect(self, shard: Tensor) -> Tensor:
-        """The whole of a state of which each rank holds (chunks, n), n for each unit of `own`: flat, without padding."""
+    def gather(self, shard: Tensor) -> Tensor:
+        """The whole of a state of which each rank holds (chunks, n): flat, without padding."""
         full = shard.new_empty(self.chunks, self.world.size, shard.size(1))
         for chunk, mine in zip(full, shard, strict=True):
             if self.world.size > 1:
@@ -1504,415 +2399,293 @@ class Stack:
                 chunk[0] = mine
         return full.view(-1)[: self.numel * shard.size(1) // self.unit]
 
-    def deal(self, full: Tensor, shard: Tensor):
-        """The inverse of `collect`: write this rank's share of a whole state into shard, (chunks, n)."""
+    def scatter(self, full: Tensor, shard: Tensor):
+        """The inverse of `gather`: write this rank's share of a whole state into shard, (chunks, n)."""
         padded = full.new_zeros(self.chunks * self.world.size * shard.size(1))
         padded[: full.numel()] = full
         shard.copy_(padded.view(self.chunks, self.world.size, -1)[:, self.world.rank])
 
 
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+def make_banks(model: GPT, optimizer: str, world: World) -> list[Bank]:
+    """The banks of an optimizer's parameters, each in the order in which the backward pass reaches them.
 
-
-def polar_express(u: Tensor) -> Tensor:
-    """Near the orthogonal polar factor of each matrix (..., rows, cols), in u's dtype (Polar Express, arXiv 2505.16932)."""
-    x = u.flatten(0, -3)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
-    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
-        A = x @ x.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        x = torch.baddbmm(x, B, x, beta=a)
-    return (x.mT if tall else x).view_as(u)
-
-
-def nesterov(g: Tensor, m: Tensor, momentum: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
-    """Nesterov's direction, in dtype, by the mean of gradients of which g is the sum over parts; updates the momentum m in place.
-
-    g, m: of one shape. momentum: float32 scalar tensor.
+    NorMuon's matrices of one shape make one bank, so that they are shared out over the ranks together; of
+    Adam's parameters each table makes one, and the vectors of one rate make one.
     """
-    g = g.to(m.dtype) / parts
-    m.lerp_(g, 1 - momentum)
-    return g.lerp(m, momentum).to(dtype)
+    groups = {}
+    for name, p in reversed(list(model.named_parameters())):
+        if getattr(p, "optimizer", None) == optimizer:
+            key = p.shape if optimizer == "normuon" else name if p.dim() > 1 else p.lr_mul
+            groups.setdefault(key, {})[name] = p
+    if optimizer == "normuon":
+        # Equal parts of equal numbers of matrices: an update takes as many as it can at once.
+        groups = [dict(sorted(group.items(), key=lambda item: item[1].matrices)) for group in groups.values()]
+        sizes = [next(iter(group.values())).numel() for group in groups]
+        return [
+            Bank(group, n, world, world.dtype, world.dtype) for group, n in zip(groups, sizes, strict=True)
+        ]
+    banks = []
+    for group in groups.values():
+        unit = math.ceil(sum(p.numel() for p in group.values()) / world.size)
+        banks.append(Bank(group, unit, world, next(iter(group.values())).dtype, torch.float32))
+    return banks
 
 
-def normuon_update(w: Tensor, u: Tensor, v: Tensor, lr: Tensor, lr_mul: Tensor, decay: float, beta2: float):
-    """Update matrices w (..., rows, cols) and second moment v (..., 1, cols) in place, by their orthogonal directions u.
+def check_registration(model: GPT):
+    """Raise UsageError for a parameter of the model that no optimizer can train."""
+    for name, p in model.named_parameters():
+        optimizer = getattr(p, "optimizer", None)
+        if optimizer not in ("normuon", "adam"):
+            raise UsageError(
+                f"the model's parameter {name} is trained by no optimizer; make it with"
+                " trained(value, 'normuon' or 'adam')"
+            )
+        if optimizer == "normuon" and p.dim() != 2:
+            raise UsageError(
+                f"the model's parameter {name} is no matrix, as NorMuon needs; make it 'adam' trained"
+            )
 
-    A second moment per column (NorMuon, arXiv 2510.05491) that keeps the Frobenius norm, and cautious weight decay
-    (arXiv 2510.12402). lr: float32 scalar tensor. lr_mul: (..., 1, 1), not applied to the decay.
-    """
-    mean = u.float().square().mean(-2, keepdim=True)
-    v.lerp_(mean.to(v.dtype), 1 - beta2)
-    floored = v.float().clamp(min=1e-10)
-    rows = w.size(-2)
-    before = (rows * mean.sum(-1, keepdim=True)).sqrt()
-    after = (rows * (mean / floored).sum(-1, keepdim=True)).sqrt()
-    u = u * (floored.rsqrt() * (before / after.clamp(min=1e-10)))
-    u = u + (lr * decay) * w * (u * w >= 0)
-    w -= (lr * max(1, rows / w.size(-1)) ** 0.5) * lr_mul * u
+
+class MatrixRun(NamedTuple):
+    """A rank's matrices of one kind of division in a bank: views (n, matrices, rows, cols) of its shards."""
+
+    w: Tensor
+    g: Tensor
+    m: Tensor
+    v: Tensor
+    lr_mul: Tensor
 
 
 class NorMuon:
-    """NorMuon for the hidden matrices, one stack of equal shape, and for the gates. Steps every step."""
+    """NorMuon over the ranks, for hidden and gate matrices. Steps every step."""
 
     def __init__(self, model: GPT, s: Hyperparameters, world: World):
-        self.s, self.world, self.stacks, self.moments, self.parts = s, world, [], [], []
-        order = list(reversed(model.slots))  # as the backward pass reaches them
-        # Each matrix with the number of square ones that it holds and its learning rate factor.
-        hidden = [entry for slot in order for w_out, w_in in zip(slot.mlp_out, slot.mlp_in, strict=True)
-                  for entry in ((w_out, 1, 1.0), (w_in, 1, s.mlp_in_lr_mul))]  # fmt: skip
-        hidden += [(p, 4, 1.0) for slot in order for p in slot.attention]
-        gates = [(p, 1, 1.0) for slot in order for p in slot.gate]
-        for entries in filter(None, (hidden, gates, [(model.smear_gate, 1, 1.0)])):
-            parameters = [p for p, _, _ in entries]
-            stack = Stack(parameters, parameters[0].numel(), world, world.dtype, world.dtype)
-            self.stacks.append(stack)
-            self.moments.append((torch.zeros_like(stack.own), stack.own.new_zeros(stack.chunks, stack.unit // parameters[0].size(0))))
-            mine = enumerate(entries[world.rank :: world.size])
-            runs = (list(run) for _, run in itertools.groupby(mine, key=lambda entry: entry[1][1]))
-            self.parts.append([self._part(stack, *self.moments[-1], run) for run in runs])
+        self.s, self.world, self.runs = s, world, []
+        self.banks = make_banks(model, "normuon", world)
+        for bank in self.banks:
+            columns = bank.unit // bank.parameters[0].size(0)
+            bank.moments = Moments(torch.zeros_like(bank.master), bank.master.new_zeros(bank.chunks, columns))
+            mine = list(enumerate(bank.parameters[world.rank :: world.size]))
+            runs = itertools.groupby(mine, key=lambda entry: entry[1].matrices)
+            self.runs.append([self._run(bank, matrices, list(run)) for matrices, run in runs])
 
-    def _part(self, stack: Stack, m: Tensor, v: Tensor, run: list):
-        """Views (n, squares, rows, cols) of this rank's matrices of one kind and their gradients, with their moments."""
-        (first, (p, squares, _)), last = run[0], run[-1][0]
-        rows, cols = p.size(0), p.size(1) // squares
-        w, g, m = (t[first : last + 1].view(-1, squares, rows, cols) for t in (stack.own, stack.own_grad, m))
-        lr_mul = torch.tensor([rate for _, (_, _, rate) in run], device=w.device).view(-1, 1, 1, 1)
-        return w, g, m, v[first : last + 1].view(-1, squares, 1, cols), lr_mul
+    def _run(self, bank: Bank, matrices: int, members: list[tuple[int, nn.Parameter]]) -> MatrixRun:
+        (first, p), last = members[0], members[-1][0]
+        rows, cols = p.size(0), p.size(1) // matrices
+        shards = (bank.master, bank.grad_shard, bank.moments.first)
+        w, g, m = (t[first : last + 1].view(-1, matrices, rows, cols) for t in shards)
+        v = bank.moments.second[first : last + 1].view(-1, matrices, 1, cols)
+        lr_mul = torch.tensor([p.lr_mul for _, p in members], device=w.device).view(-1, 1, 1, 1)
+        return MatrixRun(w, g, m, v, lr_mul)
 
-    def step(self, lr: float, momentum: float):
-        """Update all matrices with the mean of the gradients summed over the step's micro-batches."""
-        s = self.s
-        lr, momentum = (torch.full((), x, device=self.world.device) for x in (lr, momentum))  # tensors: numbers would be compiled in
-        for stack, parts in zip(self.stacks, self.parts, strict=True):
-            stack.finish_reduce()
-            for w, g, m, v, lr_mul in parts:
-                u = polar_express(fused(nesterov, g, m, momentum, s.micro_batches, self.world.dtype))
-                fused(normuon_update, w, u, v, lr, lr_mul, s.muon_weight_decay, s.muon_beta2)
-
-
-def adam_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rate: Tensor, parts: int, beta1: float, beta2: float):
-    """An Adam step (arXiv 1412.6980), in place, of parameters p by the mean of gradients of which g is the sum over parts.
-
-    m, v: moments; all of one shape. rate: float32 scalar tensor, the learning rate times Adam's correction of the moments' bias.
-    """
-    g = g / parts
-    m.lerp_(g, 1 - beta1)
-    v.lerp_(g.square(), 1 - beta2)
-    p -= m / (v.sqrt() + 1e-8) * rate
+    def step(self, lr: float, momentum: float, grad_accum_steps: float):
+        """Update all matrices by the mean of the gradients accumulated in so many micro-batches."""
+        numbers = (lr, momentum, grad_accum_steps)  # as tensors: numbers would be compiled in
+        lr, momentum, count = (torch.full((), x, device=self.world.device) for x in numbers)
+        for bank, runs in zip(self.banks, self.runs, strict=True):
+            bank.finish_grad_sync()
+            for run in runs:
+                u = polar_express(call_compiled(nesterov, run.g, run.m, momentum, count, self.world.dtype))
+                call_compiled(normuon_update, run.w, u, run.v, lr, run.lr_mul, self.s)
 
 
 class DistAdam:
-    """Adam with its state sharded over the ranks, for embeddings, head and scalars. Steps on odd steps only."""
+    """Adam over the ranks, for embeddings, head and scalars. Its steps are those of `is_adam_step`."""
 
     def __init__(self, model: GPT, s: Hyperparameters, world: World):
-        self.s = s
-        groups = [(model.head, s.head_lr_mul)] + [(p, s.embed_lr_mul) for p in (*model.values, model.embedding)]
-        groups += [(p, s.scalar_lr_mul) for p in (model.scalars, model.lambdas)]
-        self.stacks = [Stack([p], None, world, p.dtype, torch.float32) for p, _ in groups]
-        self.rates = [s.adam_lr * factor for _, factor in groups]
-        self.moments = [(torch.zeros_like(k.own, dtype=torch.float32), torch.zeros_like(k.own, dtype=torch.float32)) for k in self.stacks]
+        self.s, self.banks = s, make_banks(model, "adam", world)
+        for bank in self.banks:
+            first, second = (torch.zeros_like(bank.master, dtype=torch.float32) for _ in range(2))
+            bank.moments = Moments(first, second)
 
-    def step(self, lr_scale: float, t: int):
-        """The t-th update, t from 1, with the mean over micro-batches of the gradients gathered since the last."""
-        s = self.s
-        correction = (1 - s.adam_beta2**t) ** 0.5 / (1 - s.adam_beta1**t)
-        for stack, rate, (m, v) in zip(self.stacks, self.rates, self.moments, strict=True):
-            stack.finish_reduce()
-            rate = torch.full((), rate * lr_scale * correction, device=m.device)  # a tensor: a number would be compiled in
-            fused(adam_update, stack.own, stack.own_grad, m, v, rate, s.micro_batches, s.adam_beta1, s.adam_beta2)
+    def step(self, lr_scale: float, t: int, grad_accum_steps: float):
+        """The t-th update, t from 1, by the sum of the gradients of the steps since the last."""
+        for bank in self.banks:
+            bank.finish_grad_sync()
+            lr = self.s.adam_lr * bank.parameters[0].lr_mul * lr_scale * adam_rate(t, self.s)
+            numbers = (lr, grad_accum_steps)  # as tensors: numbers would be compiled in
+            lr, count = (torch.full((), x, device=bank.master.device) for x in numbers)
+            call_compiled(adam_update, bank.master, bank.grad_shard, bank.moments, lr, count, self.s)
 
 
-# ======================================================================================================================
-# Data
-
-MAGIC, VERSION, HEADER = 20240520, 1, 256  # of a shard: that many little-endian int32, then uint16 tokens
-FETCH = "python data/cached_fineweb10B.py"
-
-
-def read_shard(path: str, vocab_size: int) -> np.ndarray:
-    """The tokens of a shard, uint16. Raises UsageError, naming the file, when it is not a whole shard of this vocabulary."""
-    try:
-        with open(path, "rb") as file:
-            header = np.fromfile(file, "<i4", HEADER)
-            tokens = np.fromfile(file, "<u2")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); fetch it again with: {FETCH}") from None
-    if len(header) < HEADER or header[0] != MAGIC:
-        found = header[0] if len(header) else "nothing"
-        raise UsageError(f"{path}: not a token shard (magic number {found}, want {MAGIC}); remove it and run: {FETCH}")
-    if header[1] != VERSION:
-        raise UsageError(f"{path}: shard version {header[1]}, want {VERSION}; remove it and run: {FETCH}")
-    if len(tokens) != header[2]:
-        raise UsageError(f"{path}: holds {len(tokens)} tokens where its header says {header[2]}; remove it and run: {FETCH}")
-    if len(tokens) and tokens.max() >= vocab_size:
-        raise UsageError(f"{path}: token {tokens.max()} is beyond the vocabulary; give a --vocab_size above it or other shards")
-    return tokens
-
-
-def find_shards(pattern: str, flag: str) -> list[str]:
-    """The shards that match a pattern, by name; raises UsageError when there is none."""
-    if not (paths := sorted(glob.glob(pattern))):
-        raise UsageError(f"--{flag}={pattern} matches no file; fetch FineWeb with: {FETCH}, or make the sample with: python data/sample.py")
-    return paths
-
-
-def pack(starts: np.ndarray, end: int, tokens: int, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack documents, given where each starts and where the last ends, into micro-batches of tokens + 1.
-
-    Each document gives its first max_len tokens at most. Returns the pieces' lengths (before the cut that fills a
-    micro-batch) and the first document of each micro-batch, with the end of the last one: documents cuts[i] to cuts[i+1].
-    """
-    lengths = np.minimum(np.diff(starts, append=end), max_len)
-    ends = np.cumsum(lengths)
-    cuts = [0]
-    while cuts[-1] < len(ends):
-        before = ends[cuts[-1] - 1] if cuts[-1] else 0
-        cut = int(np.searchsorted(ends, before + tokens + 1)) + 1
-        if cut > len(ends):
-            break
-        cuts.append(cut)
-    return lengths, np.array(cuts)
-
-
-def make_batch(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """A micro-batch from its T + 1 tokens and the places, from 0, where documents start: int32 (4, T), as the fields of Batch."""
-    T = len(tokens) - 1
-    bounds = np.append(starts[starts < T], T)
-    spans = np.diff(bounds)
-    return np.stack([tokens[:-1], tokens[1:], np.repeat(bounds[:-1], spans), np.repeat(bounds[1:] - 1, spans)]).astype(np.int32)
-
-
-def document_batch(tokens: np.ndarray, bos: int, device: torch.device) -> Batch:
-    """A Batch of T tokens from T + 1 token ids, in which a document starts at the first and at every BOS."""
-    starts = np.union1d([0], np.flatnonzero(tokens == bos))
-    return Batch(*torch.from_numpy(make_batch(tokens, starts)).to(device))
+# Part III: Run
+# ======================================================================================================
+# Training
 
 
 class TrainLoader:
-    """BOS-aligned training batches: a pure function of the step, so the stream is the same for any world, and rewinds.
-
-    All shards that the run needs are indexed in the background from the start; tokens are read again when their shard's
-    turn comes, one shard ahead, and batches are made, pinned and sent to the device ahead of use.
-    """
+    """This rank's training micro-batches, made, pinned and sent to the device ahead of use."""
 
     def __init__(self, s: Hyperparameters, world: World):
-        self.s, self.world = s, world
-        self.paths = find_shards(s.train_files, "train_files")
-        self.readers, self.makers = ThreadPoolExecutor(2), ThreadPoolExecutor(1)
-        self.indexes = [self.readers.submit(self._index, path) for path in self.paths]
-        self.loads = {}
-
-    def _index(self, path: str):
-        """Document starts, piece lengths and micro-batch cuts of a shard."""
-        tokens = read_shard(path, self.s.vocab_size)
-        starts = np.flatnonzero(tokens == self.s.bos)
-        if not len(starts):
-            raise UsageError(f"{path}: holds no BOS token {self.s.bos}, so no document starts; give other --train_files or --vocab_size")
-        return starts, *pack(starts, len(tokens), self.s.train_tokens, self.s.train_max_seq_len)
-
-    def _steps(self, shard: int) -> int:
-        return (len(self.indexes[shard].result()[2]) - 1) // self.s.micro_batches
+        self.s, self.world, self.data = s, world, TrainData(s)
+        self.makers = ThreadPoolExecutor(1)
 
     def check(self):
-        """Wait until the index covers the run; raise UsageError when the shards feed too few steps."""
-        steps = 0
-        for shard in range(len(self.paths)):
-            steps += self._steps(shard)
-            if steps >= self.s.total_steps:
-                return [index.cancel() for index in self.indexes[shard + 1 :]]
-        raise UsageError(f"--train_files={self.s.train_files} feeds {steps} steps of the {self.s.total_steps}; fetch more with: {FETCH} N"
-                         " (N shards, up to 103), or lower --num_scheduled_iterations")  # fmt: skip
-
-    def _tokens(self, shard: int) -> np.ndarray:
-        """A shard's tokens; the next shard begins to load, and earlier ones are let go."""
-        for near in range(shard, min(shard + 2, len(self.paths))):
-            if near not in self.loads:
-                self.loads[near] = self.readers.submit(read_shard, self.paths[near], self.s.vocab_size)
-        for done in [key for key in self.loads if key < shard]:
-            del self.loads[done]
-        tokens, starts = self.loads[shard].result(), self.indexes[shard].result()[0]
-        if len(tokens) <= starts[-1] or not (tokens[starts] == self.s.bos).all():
-            raise UsageError(f"{self.paths[shard]}: changed since the run began; restore it, and go on with --resume=latest if checkpoints are on")
-        return tokens
+        """Wait until it is known that the shards feed the whole run; raises UsageError when they do not."""
+        self.data.check()
 
     def host_batches(self, step: int) -> Tensor:
-        """This rank's micro-batches of a step, int32 (micro-batches a rank, 4, T), in pinned memory where there is a GPU."""
-        shard = 0
-        while step >= self._steps(shard):
-            step, shard = step - self._steps(shard), shard + 1
-        tokens, (starts, lengths, cuts) = self._tokens(shard), self.indexes[shard].result()
-        count, room, batches = self.s.micro_batches // self.world.size, self.s.train_tokens + 1, []
-        first = step * self.s.micro_batches + self.world.rank * count
-        for i in range(first, first + count):
-            chosen = slice(cuts[i], cuts[i + 1])
-            pieces = [tokens[at : at + length] for at, length in zip(starts[chosen], lengths[chosen], strict=True)]
-            batches.append(make_batch(np.concatenate(pieces)[:room], np.cumsum(lengths[chosen]) - lengths[chosen]))
-        batches = torch.from_numpy(np.stack(batches))
+        """This rank's micro-batches of a step, int32 (micro-batches, 4, T), pinned where there is a GPU."""
+        count = step_shape(step, self.s).micro_batches // self.world.size
+        mine = range(self.world.rank * count, (self.world.rank + 1) * count)
+        batches = torch.from_numpy(self.data.micro_batches(step, mine))
         return batches.pin_memory() if self.world.device.type == "cuda" else batches
 
     def stream(self, step: int, end: int):
-        """Yield each step's list of Batch on the device; the next step's is on its way, and two more are being made."""
+        """Yield each step's list of Batch on the device; the next is on its way, two more are being made."""
         made = deque(self.makers.submit(self.host_batches, i) for i in range(step, min(step + 3, end)))
-        send = lambda: made.popleft().result().to(self.world.device, non_blocking=True)  # noqa: E731
-        ready = send()
+        ready = made.popleft().result().to(self.world.device, non_blocking=True)
         for i in range(step, end):
             if i + 3 < end:
                 made.append(self.makers.submit(self.host_batches, i + 3))
-            following = send() if made else None
+            following = made.popleft().result().to(self.world.device, non_blocking=True) if made else None
             yield [Batch(*micro_batch) for micro_batch in ready]
             ready = following
 
 
 class ValLoader:
-    """The validation set, straight through the first shard: micro-batches that start a document at their first token and at every BOS."""
+    """This rank's share of the validation set."""
 
     def __init__(self, s: Hyperparameters, world: World):
-        self.s, self.world = s, world
-        path = find_shards(s.val_files, "val_files")[0]
-        self.tokens = read_shard(path, s.vocab_size)
-        if len(self.tokens) <= s.val_tokens:
-            raise UsageError(f"{path}: holds {len(self.tokens)} tokens, but validation needs --val_tokens={s.val_tokens} and one more;"
-                             " lower it or give a larger --val_files")  # fmt: skip
+        self.s, self.world, self.data = s, world, ValData(s)
 
     def stream(self):
-        """Yield this rank's share of the micro-batches, each a Batch on the device."""
-        size = self.s.val_tokens_each
-        for start in range(self.world.rank * size, self.s.val_tokens, self.world.size * size):
-            tokens = self.tokens[start : min(start + size, self.s.val_tokens) + 1]
+        """Yield this rank's micro-batches, each a Batch on the device."""
+        for tokens in self.data.micro_batches(self.world.rank, self.world.size):
             yield document_batch(tokens, self.s.bos, self.world.device)
 
 
-# ======================================================================================================================
-# Schedules: pure functions of the step
+def document_batch(tokens: np.ndarray, bos: int, device: torch.device) -> Batch:
+    """A Batch of T tokens from T + 1 token ids, in which a document starts at the first and at every BOS."""
+    return Batch(*torch.from_numpy(split_documents(tokens, bos)).to(device))
 
 
-def lr_scale(step: int, s: Hyperparameters) -> float:
-    """Factor of every learning rate: 1, then a linear fall over the last cooldown_frac of the scheduled steps."""
-    progress = min(0.9999, step / s.num_scheduled_iterations)
-    if progress < 1 - s.cooldown_frac:
-        return 1.0
-    left = (1 - progress) / s.cooldown_frac
-    return left + s.final_lr_scale * (1 - left)
+class Recording(NamedTuple):
+    """A micro-batch's forward and backward pass as a CUDA graph, and the Batch that it reads."""
 
-
-def muon_momentum(step: int, s: Hyperparameters) -> float:
-    """NorMuon's momentum: a rise at the start, which goes first in a short run, and a fall at the end."""
-    span, falling = s.momentum_high - s.momentum_low, s.total_steps - s.momentum_cooldown
-    if step < s.momentum_warmup:
-        return s.momentum_low + span * step / s.momentum_warmup
-    if step > falling:
-        return s.momentum_high - span * (step - falling) / s.momentum_cooldown
-    return s.momentum_high
-
-
-def attention_windows(step: int, s: Hyperparameters) -> tuple[int, int]:
-    """(short, long) attention windows in tokens, when training begins the step."""
-    if step >= s.num_scheduled_iterations:
-        return parse_window(s, "extension_window")
-    table = window_table(s)
-    return table[step * len(table) // s.num_scheduled_iterations]
-
-
-# ======================================================================================================================
-# Training
+    graph: "torch.cuda.CUDAGraph"
+    batch: Batch
 
 
 class Trainer:
-    """The model and its optimizers, and what one step does with them."""
+    """The model and its optimizers, and what one step does with them.
+
+    On a GPU a micro-batch is replayed from a graph, one a variant: launched one by one, its kernels take the
+    host longer than the GPU. What a graph reads anew stays in place: `inputs`, which each step sets, the
+    Batch of its `Recording`, the parameters and their FP8 copies; what it writes: `total`, the step's loss so
+    far, and the gradients.
+    """
 
     def __init__(self, s: Hyperparameters, world: World):
-        self.s, self.world, self.stop = s, world, False  # stop: set by SIGTERM, passed on to all ranks with the next loss
-        self.model = GPT(s, world)
+        self.s, self.world = s, world
+        self.stop = False  # set by SIGTERM, passed on to all ranks with the next loss
+        self.model = GPT(s, longest_sequence(s), world.dtype).to(world.device)
+        check_registration(self.model)
         self.normuon, self.adam = NorMuon(self.model, s, world), DistAdam(self.model, s, world)
-        model = self.model
-        early = [model.smear_gate, model.scalars, model.lambdas, *(p for slot in model.slots for p in slot.gate), model.embedding, *model.values]
-        turns = {p: turn for turn, p in enumerate(early)} | {model.head: len(early) + 1}
-        owned = zip(self.normuon.stacks + self.adam.stacks, self.normuon.moments + self.adam.moments, strict=True)
-        self.owned = sorted(owned, key=lambda pair: turns.get(pair[0].parameters[0], len(early)))  # as the forward pass reads them
-        self.stacks = [stack for stack, _ in self.owned]
-        self.stack_of = {p: stack for stack in self.stacks for p in stack.parameters}
-        self.model.fetch = self.fetch
-        # What a CUDA graph reads and writes stays in place: the windows, the step's loss so far, and a micro-batch.
-        self.windows = torch.zeros(2, dtype=torch.int32, device=world.device).unbind()
+        self.bank_of = {p: bank for bank in self.normuon.banks + self.adam.banks for p in bank.parameters}
+        self.banks = list(dict.fromkeys(self.bank_of[p] for p in self.model.parameters()))  # as they are read
         self.total = torch.zeros((), device=world.device)
-        self.batch, self.graph = Batch(*torch.zeros(4, s.train_tokens, dtype=torch.int32, device=world.device)), None
+        numbers = (torch.tensor(float(x) if type(x) is float else int(x)) for x in step_inputs(0, s))
+        self.inputs = StepInputs(
+            *(x.to(world.device, torch.float32 if x.is_floating_point() else torch.int32) for x in numbers)
+        )
+        self.recordings: dict[Variant, Recording] = {}
+        if world.size > 1:
+            for module in self.model.modules():
+                module.register_forward_pre_hook(self._wait_for_parameters)
 
-    def fetch(self, parameters):
-        """Wait until these parameters have come from the ranks that updated them."""
-        if self.world.size > 1:
-            for p in parameters:
-                self.stack_of[p].fetch(p)
+    def _wait_for_parameters(self, module: nn.Module, _):
+        """Wait until what a module reads, itself or from its lists, has come from the ranks that own it."""
+        lists = [child for child in module.children() if isinstance(child, nn.ParameterList)]
+        for p in itertools.chain(*(owner.parameters(recurse=False) for owner in (module, *lists))):
+            self.bank_of[p].wait(p)
+
+    def wait(self):
+        """Wait until all parameters have come."""
+        for bank in self.banks:
+            bank.wait()
+
+    @torch.no_grad()
+    def begin_step(self, step: int):
+        """Change what the schedules change in the model; parameters are whole where the variant is new."""
+        if step and step_variant(step, self.s) != step_variant(step - 1, self.s):
+            self.wait()
+        begin_step(self.model, step, self.s)
+
+    def _set_inputs(self, inputs: StepInputs):
+        """Take a step's inputs: numbers into their tensors, where a graph reads them, choices as they are."""
+        pairs = zip(self.inputs, inputs, strict=True)
+        self.inputs = StepInputs(*(new if type(new) is bool else kept.fill_(new) for kept, new in pairs))
 
     def micro_step(self, batch: Batch):
         """Add a micro-batch's loss to `total` and its gradients to the parameters'."""
-        loss = self.model(batch, self.windows).sum()
+        loss = self.model(batch, self.inputs).sum()
         loss.backward()
         self.total += loss.detach()
 
-    def capture(self):
-        """Record a micro-batch as a CUDA graph for `train_step`: launched one by one, its kernels take the host longer than the GPU.
+    def record(self):
+        """Record a micro-batch of each variant; all kernels must have been compiled.
 
-        All kernels must have been compiled. With several GPUs the graph waits for all parameters, and gradients travel after it.
+        With several GPUs a graph waits for all parameters, and gradients travel after it.
         """
-        for stack in self.stacks:
-            stack.fetch()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader's threads go on
-            self.micro_step(self.batch)
-        self.graph = graph
+        self.wait()
+        pool = torch.cuda.graph_pool_handle()
+        for variant, first in first_steps(self.s).items():
+            tokens = variant.shape.micro_batch_tokens
+            fields = torch.zeros(4, tokens, dtype=torch.int32, device=self.world.device)
+            graph, batch = torch.cuda.CUDAGraph(), Batch(*fields)
+            self._set_inputs(step_inputs(first, self.s))
+            with torch.cuda.graph(
+                graph, pool=pool, capture_error_mode="thread_local"
+            ):  # the loader's threads go on
+                self.micro_step(batch)
+            self.recordings[variant] = Recording(graph, batch)
 
-    def train_step(self, step: int, batches: list[Batch], windows: tuple[int, int]) -> Tensor:
+    def train_step(self, step: int, batches: list[Batch], inputs: StepInputs) -> Tensor:
         """One step over this rank's micro-batches.
 
         Returns, float32 (2,) on the device, the mean loss of the whole step and how many ranks want to stop.
         """
+        shape, recording = step_shape(step, self.s), self.recordings.get(step_variant(step, self.s))
+        updated = self.banks if is_adam_step(step) else self.normuon.banks
         self.model.train()
-        if self.world.fp8:
-            self.fetch(self.stack_of)
-            self.model.quantize()
+        for bank in self.banks:
+            bank.quantize()
         self.total.zero_()
-        for kept, window in zip(self.windows, windows, strict=True):
-            kept.fill_(window)
+        self._set_inputs(inputs)
         for i, batch in enumerate(batches):
             if i == len(batches) - 1:
-                for stack in self.normuon.stacks + (self.adam.stacks if step % 2 else []):
-                    stack.arm()
-            if self.graph:
-                for stack in self.stacks:
-                    stack.fetch()
-                for kept, new in zip(vars(self.batch).values(), vars(batch).values(), strict=True):
+                for bank in updated:
+                    bank.require_grad_sync()
+            if recording:
+                self.wait()
+                for kept, new in zip(recording.batch, batch, strict=True):
                     kept.copy_(new)
-                self.graph.replay()
+                recording.graph.replay()
             else:
                 self.micro_step(batch)
-        scale = lr_scale(step, self.s)
-        self.normuon.step(self.s.muon_lr * scale, muon_momentum(step, self.s))
-        if step % 2:
-            self.adam.step(scale, t=step // 2 + 1)
-        result = torch.stack([self.total / self.s.train_batch_size, torch.full_like(self.total, self.stop)])
+        lr_scale = learning_rate_scale(step, self.s)
+        self.normuon.step(self.s.muon_lr * lr_scale, muon_momentum(step, self.s), shape.micro_batches)
+        if is_adam_step(step):
+            before = step_shape(step - 1, self.s).micro_batches
+            self.adam.step(lr_scale, step // 2 + 1, (before + shape.micro_batches) / 2)
+        result = torch.stack([self.total / shape.tokens, torch.full_like(self.total, self.stop)])
         if self.world.size > 1:
             dist.all_reduce(result)
-        for stack in self.stacks:
-            if step % 2 or stack in self.normuon.stacks:
-                stack.publish()
+        for bank in self.banks:
+            if bank in updated:
+                bank.all_gather()
         return result
 
     @torch.no_grad()
-    def validate(self, batches, windows: tuple[int, int]) -> float:
-        """Mean loss over the validation micro-batches, nats a token: that of their means, but for a shorter last one."""
+    def validate(self, batches, inputs: StepInputs) -> float:
+        """Mean loss over the validation tokens, in nats a token."""
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # a rank may have no micro-batch
+        total = torch.zeros(
+            2, dtype=torch.float64, device=self.world.device
+        )  # a rank may have no micro-batch
         for batch in batches:
-            losses = self.model(batch, windows)
+            losses = self.model(batch, inputs)
             total += torch.stack([losses.sum(dtype=torch.float64), total.new_full((), len(losses))])
         if self.world.size > 1:
             dist.all_reduce(total)
@@ -1920,72 +2693,82 @@ class Trainer:
 
     @torch.no_grad()
     def warm_up(self, train: TrainLoader, val: ValLoader):
-        """Run throw-away steps and a validation micro-batch, which compile all that the run will use; capture; then rewind."""
-        steps = min(self.s.warmup_steps, self.s.total_steps)
-        if not steps:
+        """Compile and record all that the run will use, by throw-away steps and a validation; then rewind."""
+        if not self.s.warmup_steps:
             return
-        state = [*self.model.buffers(), *(t for stack, moments in self.owned for t in (stack.work, stack.own, stack.grad, *moments))]
+        state = list(self.model.buffers())
+        for bank in self.banks:
+            state += [bank.param, bank.master, bank.grad, *bank.moments]
         saved = [tensor.to("cpu", copy=True) for tensor in state]
-        windows = attention_windows(0, self.s)
         with torch.enable_grad():
-            for step, batches in enumerate(train.stream(0, steps)):
-                self.train_step(step, batches, windows)
-        self.validate(itertools.islice(val.stream(), 1), windows)
-        for stack in self.stacks:
-            stack.fetch()
+            for first in first_steps(self.s).values():
+                steps = range(first, min(first + self.s.warmup_steps, self.s.total_steps))
+                for step, batches in zip(steps, train.stream(first, steps.stop), strict=True):
+                    self.train_step(step, batches, step_inputs(step, self.s))
+        self.validate(itertools.islice(val.stream(), 1), step_inputs(0, self.s))
+        self.wait()
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             with torch.enable_grad():
                 self.model.train()
-                self.capture()
+                self.record()
         for tensor, value in zip(state, saved, strict=True):
             tensor.copy_(value)
 
     def whole_state(self, step: int):
-        """Yield (name, tensor) of all that training after `step` steps goes on from, whole on every rank; all ranks must ask.
+        """Yield (name, tensor) of all that training goes on from after `step` steps; all ranks must ask.
 
-        A parameter goes by its name, its moments by that and .first and .second, and after an even step, which Adam leaves out,
-        the gradient that it has gathered by .gradient. Each tensor is flat, but for parameters and buffers.
+        A parameter goes by its name, its moments by that and .first and .second, and its gradient by
+        .gradient where Adam has left one for its next update. Each tensor is flat, but for parameters and
+        buffers.
         """
-        names = {p: name for name, p in self.model.named_parameters()}
         yield "rotary.frequencies", self.model.rotary.frequencies
         yield "rotary.scale", self.model.rotary.scale
-        for stack, moments in self.owned:
-            stack.fetch()
-            whole = {"": stack.collect(stack.own), ".first": stack.collect(moments[0]), ".second": stack.collect(moments[1])}
-            if step % 2 and stack in self.adam.stacks:
-                whole[".gradient"] = stack.grad.flatten()[: stack.numel].clone()
+        for bank in self.banks:
+            bank.wait()
+            whole = {"": bank.gather(bank.master)}
+            whole[".first"], whole[".second"] = map(bank.gather, bank.moments)
+            if bank in self.adam.banks and is_adam_step(step):
+                whole[".gradient"] = bank.grad.flatten()[: bank.numel].clone()
                 if self.world.size > 1:
                     dist.all_reduce(whole[".gradient"])
             for suffix, full in whole.items():
-                share = [p.numel() * full.numel() // stack.numel for p in stack.parameters]
-                for p, part in zip(stack.parameters, full.split(share), strict=True):
-                    yield names[p] + suffix, part if suffix else part.view(p.shape)
+                shares = [p.numel() * full.numel() // bank.numel for p in bank.parameters]
+                parts = full.split(shares)
+                for name, p, part in zip(bank.names, bank.parameters, parts, strict=True):
+                    yield name + suffix, part if suffix else part.view(p.shape)
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], step: int):
         """The inverse: take what `whole_state` gave, perhaps in a world of another size."""
-        names = {p: name for name, p in self.model.named_parameters()}
         self.model.rotary.frequencies.copy_(tensors["rotary.frequencies"])
         self.model.rotary.scale.copy_(tensors["rotary.scale"])
         self.model.rotary.fill()
-        for stack, moments in self.owned:
-            whole = lambda suffix: torch.cat([tensors[names[p] + suffix].flatten() for p in stack.parameters]).to(self.world.device)  # noqa: B023, E731
-            stack.work.view(-1)[: stack.numel] = whole("")
-            for suffix, shard in (("", stack.own), (".first", moments[0]), (".second", moments[1])):
-                stack.deal(whole(suffix), shard)
-            if step % 2 and stack in self.adam.stacks and self.world.rank == 0:  # one rank brings what all had gathered
-                stack.grad.view(-1)[: stack.numel] = whole(".gradient")
+        for bank in self.banks:
+            whole = {"": bank.master, ".first": bank.moments.first, ".second": bank.moments.second}
+            pending = bank in self.adam.banks and is_adam_step(step) and self.world.rank == 0
+            if pending:  # one rank brings what all had accumulated
+                whole[".gradient"] = bank.grad
+            for suffix, target in whole.items():
+                full = torch.cat([tensors[name + suffix].flatten() for name in bank.names]).to(
+                    self.world.device
+                )
+                if suffix == ".gradient":
+                    target.view(-1)[: bank.numel] = full
+                else:
+                    bank.scatter(full, target)
+                if not suffix:
+                    bank.param.view(-1)[: bank.numel] = full
 
 
-# ======================================================================================================================
+# ======================================================================================================
 # Log
 
 SEPARATOR = "=" * 100
 
 
 def seconds_since_launch() -> float:
-    """Age of this process in seconds, by the kernel's clock where /proc has it, else since this module was imported."""
+    """Age of this process in seconds, by the kernel's clock where /proc has it, else since the import."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -1994,17 +2777,20 @@ def seconds_since_launch() -> float:
 
 
 class Log:
-    """The run's log file, which rank 0 writes a line at a time, and the console: a bar on a terminal, else the same lines."""
+    """The run's log file, which rank 0 writes by lines, and the console: a bar on a terminal, else lines."""
 
     def __init__(self, s: Hyperparameters, world: World):
         self.path, self.file, self.bar = None, None, None
         if world.rank == 0:
-            self.path = Path(s.log_dir) / f"{time.strftime('%Y-%m-%dT%H-%M-%SZ', time.gmtime())}_{uuid.uuid4().hex[:8]}.txt"
+            name = f"{time.strftime('%Y-%m-%dT%H-%M-%SZ', time.gmtime())}_{uuid.uuid4().hex[:8]}.txt"
+            self.path = Path(s.log_dir) / name
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = open(self.path, "x", buffering=1, encoding="utf-8")
             except OSError as error:
-                raise UsageError(f"--log_dir={s.log_dir} cannot be written ({error.strerror}); give another folder") from None
+                raise UsageError(
+                    f"--log_dir={s.log_dir} cannot be written ({error.strerror}); give another folder"
+                ) from None
             print(f"log: {self.path}", flush=True)
             if sys.stdout.isatty():
                 self.bar = tqdm(total=s.total_steps, unit="step", dynamic_ncols=True, file=sys.stdout)
@@ -2027,7 +2813,9 @@ class Log:
             try:
                 self.file.write(text + "\n")
             except OSError as error:
-                raise UsageError(f"{self.path}: cannot be written ({error.strerror}); free space, or give another --log_dir") from None
+                raise UsageError(
+                    f"{self.path}: cannot be written ({error.strerror}); free space or give another --log_dir"
+                ) from None
             if show and self.bar is not None:
                 self.bar.write(text, file=sys.stdout)
             elif show:
@@ -2041,104 +2829,132 @@ class Log:
 
 
 def describe_machine(world: World) -> str:
-    """Versions, devices and the products' precision, for the log."""
+    """Versions, devices, the products' precision and the definitions that run unfused, for the log."""
     gpu = world.device.type == "cuda"
-    head = "fp8 in training, bf16 in validation" if world.fp8 else "bf16 (this chip has no FP8)" if gpu else "float32"
-    hopper = world.fp8 and on_hopper(torch.empty(0, device=world.device))
-    blocks = "forward products of q, k, v and the MLPs fp8 in training, all else bf16" if hopper else str(world.dtype)[6:]
+    head = "float32" if not gpu else "bf16 (this chip has no FP8)"
+    if in_fp8(world.device, "head"):
+        head = "fp8 in training, bf16 in validation"
+    blocks = str(world.dtype)[6:]
+    if in_fp8(world.device, "blocks"):
+        blocks = "forward products of q, k, v and the MLPs fp8 in training, all else bf16"
+    repeats = "deterministic: the same settings give the same bits"
+    if gpu:
+        repeats = (
+            "not deterministic: gradients of embeddings and lambdas are added by atomics in no fixed order"
+        )
     lines = [
         f"Python {sys.version}",
         f"PyTorch {torch.__version__} Triton {triton.__version__} CUDA {torch.version.cuda}",
         f"devices: {world.size} x {torch.cuda.get_device_name(world.device) if gpu else 'CPU process'}",
         f"head: {head}",
         f"blocks: {blocks}",
-        "not deterministic: gradients of embeddings and lambdas, added by atomics in no fixed order" if gpu else "deterministic: the same settings give the same bits",
+        repeats,
     ]
+    if unfused_names := [operator.__name__ for operator in Operator.every if not operator.fusible]:
+        lines.append(f"unfused: {', '.join(unfused_names)}")
     if gpu and shutil.which("nvidia-smi"):
         found = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
-        lines.append(re.sub(r"\s*\+-+\+\s*\| Processes:.*", "", found, flags=re.DOTALL).rstrip())  # programs' paths are no one's business
+        # Programs' paths are no one's business.
+        lines.append(re.sub(r"\s*\+-+\+\s*\| Processes:.*", "", found, flags=re.DOTALL).rstrip())
     return "\n".join(lines)
 
 
+def seconds_a_call(call, gpu: bool, repeats: int | None = None) -> float:
+    """Of a call, the middle of three bursts: of so many calls, or of as many as fill 50 ms (on a CPU 15)."""
+    bursts, count = [], repeats or 1
+    while len(bursts) < 3:
+        if gpu:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(count):
+            call()
+        if gpu:
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - began
+        if repeats or spent > (0.05 if gpu else 0.015):
+            bursts.append(spent / count)
+        else:
+            count *= 2
+    return sorted(bursts)[1]
+
+
 def calibrate(s: Hyperparameters, world: World) -> str:
-    """How fast this machine is, a line a rank, so that a slower idea can be told from a slower machine; takes about a second.
+    """How fast this machine is, a line a rank, to tell a slower idea from a slower machine; takes a second.
 
-    The GEMMs are an MLP's first product and the head's, on normal random numbers; all_reduce counts the bytes that a ring
-    sends, 2 (ranks - 1) / ranks of the tensor; launch is the host's time to start a small operation. Clocks are read under load.
+    The GEMMs are an MLP's first product and the head's, on normal random numbers; all_reduce counts the bytes
+    that a ring sends, 2 (ranks - 1) / ranks of the tensor; launch is the host's time to start a small
+    operation. Clocks are read under load.
     """
-    gpu, T, width, classes = world.device.type == "cuda", s.train_tokens, s.model_dim, s.classes
+    device, gpu, C, V = world.device, world.device.type == "cuda", s.model_dim, s.padded_vocab_size
+    T = step_shape(0, s).micro_batch_tokens
+    seconds = functools.partial(seconds_a_call, gpu=gpu)
 
-    def seconds(call, repeats: int | None = None) -> float:
-        """Of a call, the middle of three bursts: of so many calls, or of as many as fill 50 ms (on a CPU 15)."""
-        bursts, count = [], repeats or 1
-        while len(bursts) < 3:
-            if gpu:
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(count):
-                call()
-            if gpu:
-                torch.cuda.synchronize()
-            spent = time.perf_counter() - began
-            if repeats or spent > (0.05 if gpu else 0.015):
-                bursts.append(spent / count)
-            else:
-                count *= 2
-        return sorted(bursts)[1]
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(world.dtype)
 
-    normal = lambda *shape: torch.randn(*shape, device=world.device).to(world.dtype)  # noqa: E731
-    x, w, small = normal(T, width), normal(width, 4 * width), normal(1)
-    out, big = normal(T, 4 * width), torch.ones(2**26 if gpu else 2**23, device=world.device)
+    smi = None
+    if gpu and shutil.which("nvidia-smi"):
+        query = "--query-gpu=clocks.sm,clocks.mem,power.limit"
+        own = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+        command = ["nvidia-smi", query, "--format=csv,noheader,nounits", own]
+        smi = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    x, w, out, small = normal(T, C), normal(C, 4 * C), normal(T, 4 * C), normal(1)
+    spent = seconds(lambda: torch.mm(x, w, out=out))
+    figures = [f"{str(world.dtype)[6:]}_gemm={8e-12 * T * C**2 / spent:.4g}TFLOP/s"]
+    if in_fp8(device, "head"):
+        a, b = x.to(torch.float8_e4m3fn), normal(V, C).to(torch.float8_e4m3fn).t()
+        kinds = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        one = constant(1.0, device)
+        spent = seconds(lambda: torch._scaled_mm(a, b, one, one, **kinds))
+        figures.append(f"fp8_gemm={2e-12 * T * C * V / spent:.4g}TFLOP/s")
+    big = torch.ones(2**26 if gpu else 2**23, device=device)
     other = big.clone()
-    part = other[: len(other) // 4]
-    ask = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader,nounits"]
-    if has_smi := gpu and shutil.which("nvidia-smi"):
-        smi = subprocess.Popen([*ask, f"--id=GPU-{torch.cuda.get_device_properties(world.device).uuid}"], stdout=subprocess.PIPE, text=True)
-    figures = [f"{str(world.dtype)[6:]}_gemm={8e-12 * T * width**2 / seconds(lambda: torch.mm(x, w, out=out)):.4g}TFLOP/s"]
-    if world.fp8:
-        one, x8, w8 = torch.ones((), device=world.device), x.to(torch.float8_e4m3fn), normal(classes, width).to(torch.float8_e4m3fn)
-        spent = seconds(lambda: torch._scaled_mm(x8, w8.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True))
-        figures.append(f"fp8_gemm={2e-12 * T * width * classes / spent:.4g}TFLOP/s")
     figures.append(f"copy={2e-9 * big.nbytes / seconds(lambda: other.copy_(big)):.4g}GB/s")
     if world.size > 1:
+        part = other[: len(other) // 4]
         spent = seconds(lambda: dist.all_reduce(part), repeats=5)
         figures.append(f"all_reduce={2e-9 * (world.size - 1) / world.size * part.nbytes / spent:.4g}GB/s")
     figures.append(f"launch={1e6 * seconds(lambda: small.add_(1)):.3g}us")
-    if has_smi:
-        units = zip(("sm_clock", "memory_clock", "power_limit"), smi.communicate()[0].split(","), ("MHz", "MHz", "W"), strict=False)
-        figures += [f"{name}={value.strip()}{unit}" for name, value, unit in units]
+    if smi:
+        units = zip(("sm_clock", "memory_clock", "power_limit"), ("MHz", "MHz", "W"), strict=True)
+        for (name, unit), value in zip(units, smi.communicate()[0].split(","), strict=False):
+            figures.append(f"{name}={value.strip()}{unit}")
     lines = [f"calibration rank {world.rank}: {' '.join(figures)}"]
     if world.size > 1:
-        own, lines = lines[0], [None] * world.size
-        dist.all_gather_object(lines, own)
+        mine, lines = lines[0], [None] * world.size
+        dist.all_gather_object(lines, mine)
     return "\n".join(lines)
 
 
 def final_report(model: GPT) -> str:
     """Peak memory since warm-up and the final lambdas, for the end of the log."""
-    if model.lambdas.is_cuda:
-        allocated, reserved = (f() >> 20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
+    if model.embed.is_cuda:
+        peaks = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
     else:  # a CPU has no such allocator: the process's largest resident size stands for both
-        allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    lines = [f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB"]
-    for i, row in enumerate(model.lambdas.tolist()):
-        lines.append(f"layer {i}: " + " ".join(f"{name}={value:.4f}" for name, value in zip(("a", "b", "l0", "l1"), row, strict=True)))
-    smear, backout, *gates = model.scalars.tolist()
-    skips = "".join(f" skip {a}-{b}={gate:.4f}" for (a, b), gate in zip(model.skips, gates, strict=True))
-    return "\n".join([*lines, f"smear={smear:.4f} backout={backout:.4f}{skips}"])
+        peaks = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,) * 2
+    lines = [f"peak memory allocated: {peaks[0]} MiB reserved: {peaks[1]} MiB"]
+    for i, block in enumerate(model.blocks):
+        values = zip(("a", "b", "l0", "l1"), block.lambdas.tolist(), strict=True)
+        lines.append(f"layer {i}: " + " ".join(f"{name}={value:.4f}" for name, value in values))
+    skips = zip(model.skips, model.skip_gates.tolist(), strict=True)
+    last = "".join(f" skip {a}-{b}={gate:.4f}" for (a, b), gate in skips)
+    lines.append(f"smear={model.smear_lambda.item():.4f} backout={model.backout_lambda.item():.4f}{last}")
+    return "\n".join(lines)
 
 
-class Meter:
-    """The training clock, which stops for validation, and the watch over the losses and over the ranks' wish to stop.
+class Timer:
+    """The training clock, which stops for validation, and the watch over losses and over the wish to stop.
 
-    A step's time and loss are read once the device has passed it, a few steps later, so training never waits for them.
+    A step's time and loss are read once the device has passed it, a few steps later: training never waits for
+    them.
     """
 
     LAG = 8  # steps after which a loss is waited for
 
     def __init__(self, log: Log, total_steps: int, world: World, elapsed: float):
-        self.log, self.total_steps, self.gpu, self.alone = log, total_steps, world.device.type == "cuda", world.size == 1
-        self.before, self.pending = elapsed, deque()  # ms on the clock when it last started; steps not yet reported
+        self.log, self.total_steps, self.world = log, total_steps, world
+        self.gpu = world.device.type == "cuda"
+        self.before, self.pending = elapsed, deque()  # ms when it last started; steps not yet reported
         self.stop_after = math.inf  # the step after which all ranks stop
 
     def _now(self):
@@ -2155,7 +2971,7 @@ class Meter:
         self.origin = self._now()
 
     def stop(self) -> float:
-        """Wait for the device, report every step that it has passed, and return the training time so far in ms."""
+        """Wait for the device and report every step that it has passed; returns the training time in ms."""
         now = self._now()
         if self.gpu:
             now.synchronize()
@@ -2164,14 +2980,14 @@ class Meter:
         return self.before
 
     def step(self, step: int, result: Tensor):
-        """Note that `step` steps are queued on the device and that the last of them gives this result of Trainer.train_step."""
+        """Note that `step` steps are queued, and that the last gives this result of Trainer.train_step."""
         host = torch.empty(2, pin_memory=self.gpu)
         host.copy_(result, non_blocking=True)
         self.pending.append((step, host, self._now()))
         self.report(self.LAG)
 
     def report(self, lag: int):
-        """Log the steps that are done, waiting while more than lag are not; raise UsageError at a loss that is not finite."""
+        """Log the steps that are done, waiting while more than lag are not; raises UsageError as `check`."""
         while self.pending:
             step, result, mark = self.pending[0]
             if self.gpu and len(self.pending) <= lag and not mark.query():
@@ -2180,43 +2996,28 @@ class Meter:
                 mark.synchronize()
             self.pending.popleft()
             ms = self._train_time(mark)
-            self.log.step(f"step:{step}/{self.total_steps} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms", step)
+            line = f"step:{step}/{self.total_steps} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
+            self.log.step(line, step)
             loss, stops = result.tolist()
-            if stops and self.stop_after == math.inf:  # by then every rank has read this, so they stop after the same step
-                self.stop_after = step if self.alone else step + self.LAG
+            if stops and self.stop_after == math.inf:  # all ranks have read this after as many steps more
+                self.stop_after = step + (self.LAG if self.world.size > 1 else 0)
             self.check(step, loss)
 
     def check(self, step: int, loss: float):
         """Raise UsageError when a loss is not finite."""
         if not math.isfinite(loss):
-            raise UsageError(f"the loss of step {step} is {loss}, not finite; lower the learning rates (log: {self.log.path})")
-
-
-PARTS = (  # of a profile, by kernel names (on a CPU, operators'); the first that fits counts
-    ("fused by the compiler", r"^triton_"), ("communication", r"nccl|gloo|c10d"), ("attention", r"attention|_heads_"), ("loss", r"_loss_|log_softmax|nll"),
-    ("embeddings", r"_scatter_add|index_add|embedding"), ("products", r"_mlp_kernel|nvjet|gemm|cutlass|cublas|splitK|mm$"), ("copies", r"Memcpy|Memset|copy_"),
-    ("other", r""),
-)  # fmt: skip
-
-
-def part_of(name: str) -> str:
-    """The part of a step that a kernel, or on a CPU an operator, belongs to."""
-    return next(title for title, pattern in PARTS if re.search(pattern, name))
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    total, end = 0.0, -math.inf
-    for low, high in sorted(spans):
-        total, end = total + max(0.0, high - max(low, end)), max(end, high)
-    return total
+            raise UsageError(
+                f"the loss of step {step} is {loss}, not finite; lower the learning rates (log:"
+                f" {self.log.path})"
+            )
 
 
 class Profiler:
-    """--profile: a Chrome trace of rank 0's steps beside the log, and their time by part and by kernel in it."""
+    """--profile: a Chrome trace of rank 0's steps beside the log."""
 
     def __init__(self, s: Hyperparameters, world: World, log: Log):
-        self.steps, self.gpu, self.log = profiled_steps(s) if log.path else range(0), world.device.type == "cuda", log
+        self.steps, self.log = profiled_steps(s) if log.path else range(0), log
+        self.gpu = world.device.type == "cuda"
         self.profiler = None
 
     def before(self, step: int):
@@ -2229,64 +3030,52 @@ class Profiler:
         return self.profiler is not None and step == self.steps[-1]
 
     def write(self):
-        """Once the device has passed the last profiled step: write the trace and the report."""
+        """Once the device has passed the last profiled step: write the trace."""
         self.profiler.stop()
         trace = self.log.path.with_suffix(".trace.json.gz")
         self.profiler.export_chrome_trace(str(trace))
-        self.log.write(f"profile: steps {self.steps[0]} to {self.steps[-1]}, trace {trace}; their time on the clock includes the profiler's")
-        self.log.write("\n".join(self.report()))
-
-    def report(self) -> list[str]:
-        """Lines of time a step, by part and for the longest kernels (on a CPU, operators without what they call)."""
-        if self.gpu:
-            events = [e for e in self.profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith("ProfilerStep")]
-            found = {}
-            for e in events:
-                spent, calls = found.get(e.name, (0.0, 0))
-                found[e.name] = spent + e.time_range.end - e.time_range.start, calls + 1
-        else:
-            found = {e.key: (e.self_cpu_time_total, e.count) for e in self.profiler.key_averages()}
-        sums, steps = dict.fromkeys((title for title, _ in PARTS), 0.0), len(self.steps)
-        for name, (spent, _) in found.items():
-            sums[part_of(name)] += spent
-        lines = [f"profile: {title} {spent / 1000 / steps:.2f} ms a step" for title, spent in sums.items() if spent]
-        if self.gpu:
-            spans = [(e.time_range.start, e.time_range.end, part_of(e.name) == "communication") for e in events]
-            computing, all_of_it = covered([span[:2] for span in spans if not span[2]]), covered([span[:2] for span in spans])
-            lines.append(f"profile: computing {computing / 1000 / steps:.2f} ms a step, communication not hidden {(all_of_it - computing) / 1000 / steps:.2f} ms")
-        longest = sorted(found.items(), key=lambda item: -item[1][0])[:30]
-        return lines + [f"profile: {spent / 1000 / steps:9.3f} ms {calls / steps:7.1f} calls a step  {name[:120]}" for name, (spent, calls) in longest]
+        self.log.write(
+            f"profile: steps {self.steps[0]} to {self.steps[-1]}, trace {trace}; read it with:"
+            f" ./run.sh record profile {self.log.path}"
+        )
 
 
-# ======================================================================================================================
+# ======================================================================================================
 # Checkpoints
 
-# What may differ between a checkpoint's run and the one that goes on from it: where things lie, and what is looked at when.
-FREE_SETTINGS = ("preset", "train_files", "val_files", "val_tokens", "val_batch_size", "val_loss_every", "warmup_steps", "log_dir", "save_every",
-                 "save_checkpoint", "resume", "profile")  # fmt: skip
+# What may differ between a checkpoint's run and the one that goes on from it.
+FREE_SETTINGS = {
+    *("preset", "train_files", "val_files", "val_tokens", "val_batch_size", "val_loss_every", "warmup_steps"),
+    *("log_dir", "save_every", "save_checkpoint", "resume", "profile"),
+}
 
 
 class Saver:
-    """Writes a run's checkpoint beside its log, in the background; a new one takes the old one's place when it is whole."""
+    """Writes a run's checkpoint beside its log, in the background; a new one replaces the old once whole."""
 
     def __init__(self, log: Log, trainer: Trainer):
         self.path = log.path and log.path.with_suffix(".pt")
-        self.gpu, self.writer, self.pending = trainer.world.device.type == "cuda", ThreadPoolExecutor(1), None
-        self.buffers = {}
-        for name, tensor in trainer.whole_state(trainer.s.save_every):  # pinned memory takes a second to get: before the clock
+        self.gpu, self.writer = trainer.world.device.type == "cuda", ThreadPoolExecutor(1)
+        self.pending, self.buffers = None, {}
+        for name, tensor in trainer.whole_state(
+            trainer.s.save_every
+        ):  # pinned memory takes a second: before the clock
             self._copy(name, tensor)
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor | None:
         """A copy in this tensor's host buffer, under way; on rank 0 only."""
-        if self.path and name not in self.buffers:
+        if not self.path:
+            return None
+        if name not in self.buffers:
             self.buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=self.gpu)
-        return self.buffers[name].copy_(tensor, non_blocking=True) if self.path else None
+        return self.buffers[name].copy_(tensor, non_blocking=True)
 
     def save(self, trainer: Trainer, step: int, elapsed: float):
-        """Take the state after `step` steps and `elapsed` ms of training, and begin to write it; raises UsageError as `check`."""
+        """Take the state after `step` steps and `elapsed` ms and begin to write it; raises as `check`."""
         self.check(wait=True)  # its buffers are about to be written anew
         tensors = {name: self._copy(name, tensor) for name, tensor in trainer.whole_state(step)}
-        state = {"settings": dataclasses.asdict(trainer.s), "step": step, "elapsed": elapsed, "tensors": tensors}
+        settings = dataclasses.asdict(trainer.s)
+        state = {"settings": settings, "step": step, "elapsed": elapsed, "tensors": tensors}
         if self.path:
             copied = torch.cuda.Event() if self.gpu else None
             if copied:
@@ -2309,10 +3098,12 @@ class Saver:
         except (OSError, RuntimeError) as error:  # torch.save may turn a full disk into a RuntimeError
             temporary.unlink(missing_ok=True)
             kept = "the one before it is whole" if self.path.exists() else "there is none before it"
-            raise UsageError(f"{self.path}: the checkpoint cannot be written ({error}); free space ({kept})") from None
+            raise UsageError(
+                f"{self.path}: the checkpoint cannot be written ({error}); free space ({kept})"
+            ) from None
 
     def check(self, wait: bool = False):
-        """Raise UsageError if the last checkpoint could not be written, as far as that is known or once it is waited for."""
+        """Raise UsageError if the last checkpoint could not be written, as far as is known or awaited."""
         if self.pending and (wait or self.pending.done()):
             self.pending.result()
             self.pending = None
@@ -2332,7 +3123,7 @@ def find_checkpoint(s: Hyperparameters, world: World) -> str:
 
 
 def read_checkpoint(path: str) -> dict:
-    """A checkpoint: settings, step, elapsed (ms) and tensors by name, on the CPU. Raises UsageError for any other file."""
+    """A checkpoint: settings, step, elapsed (ms) and tensors, on the CPU. Raises UsageError for others."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         whole = state.keys() == {"settings", "step", "elapsed", "tensors"}
@@ -2345,51 +3136,64 @@ def read_checkpoint(path: str) -> dict:
     return state
 
 
+def other_version(path: str, reason: Exception) -> UsageError:
+    """The refusal of a checkpoint whose settings or tensors are another script's."""
+    reason = str(reason).splitlines()[0]
+    return UsageError(f"{path}: made by another version of this script ({reason}); use it with that one")
+
+
 def resume(trainer: Trainer, path: str) -> tuple[int, float]:
     """Put a checkpoint's state into the trainer; returns its step and the training time in ms so far.
 
-    The world may be of another size. Raises UsageError, naming the setting, for a checkpoint of other settings.
+    The world may be of another size. Raises UsageError, naming the setting, where settings differ.
     """
     state, settings = read_checkpoint(path), dataclasses.asdict(trainer.s)
     for name in sorted(settings.keys() | state["settings"].keys()):
-        theirs, own = (values.get(name, "(not a setting)") for values in (state["settings"], settings))
-        if theirs != own and name not in FREE_SETTINGS:
-            raise UsageError(f"{path}: made with --{name}={theirs}, and this run has {own}; give that, or another checkpoint")
+        theirs, ours = (values.get(name, "(not a setting)") for values in (state["settings"], settings))
+        if theirs != ours and name not in FREE_SETTINGS:
+            raise UsageError(
+                f"{path}: made with --{name}={theirs}, and this run has {ours}; give that, or another one"
+            )
     try:
         trainer.load(state["tensors"], state["step"])
     except (KeyError, RuntimeError) as error:  # a tensor is missing or of another shape
-        raise UsageError(f"{path}: made by another version of this script ({str(error).splitlines()[0]}); resume it with that one") from None
+        raise other_version(path, error) from None
     return state["step"], state["elapsed"]
 
 
 def load_model(path: str) -> GPT:
-    """The trained model of a checkpoint for evaluation, on this machine's GPU, else its CPU. Raises UsageError for any other file.
+    """The trained model of a checkpoint for evaluation, on this machine's GPU, else its CPU.
 
-    Its `windows` are those of the last validation; it takes as many tokens as model.rotary.cos has rows. Documents that begin
-    with BOS, end to end in one array of token ids, go in as
+    Its `inputs` are those of the last validation, its `bos` the token that begins a document; it takes as
+    many tokens as model.rotary.position has. Documents end to end in one array of token ids go in as
 
         model = load_model("logs/....pt")
-        batch = document_batch(tokens, model.bos, model.lambdas.device)
-        losses = model(batch, model.windows)         # nats of each token but the first, float32 (T - 1,)
-        logits = model.logits(batch, model.windows)  # float32 (T - 1, classes)
+        batch = document_batch(tokens, model.bos, model.embed.device)
+        losses = model(batch, model.inputs)         # nats of each token but the first, float32 (T - 1,)
+        logits = model.logits(batch, model.inputs)  # float32 (T - 1, padded vocabulary)
+
+    Raises UsageError for any other file.
     """
     state = read_checkpoint(path)
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if world.device.type == "cuda":
+        run_operators_on_gpu()
     try:
         s = Hyperparameters(**state["settings"])
-        model = GPT(s, world).eval().requires_grad_(False)
+        model = GPT(s, longest_sequence(s), world.dtype).to(world.device).eval().requires_grad_(False)
         for name, p in model.named_parameters():
-            p.data = state["tensors"][name].to(world.device, world.dtype if name.startswith("slots.") else p.dtype)
+            hidden = p.optimizer == "normuon"  # their masters are float32
+            p.data = state["tensors"][name].to(world.device, world.dtype if hidden else p.dtype)
         for name in ("frequencies", "scale"):
             getattr(model.rotary, name).copy_(state["tensors"][f"rotary.{name}"])
     except (TypeError, KeyError) as error:  # a setting is unknown, or a tensor missing
-        raise UsageError(f"{path}: made by another version of this script ({error}); load it with that one") from None
+        raise other_version(path, error) from None
     model.rotary.fill()
-    model.windows, model.bos = parse_window(s, "final_window"), s.bos
+    model.inputs, model.bos = step_inputs(s.total_steps, s), s.bos
     return model
 
 
-# ======================================================================================================================
+# ======================================================================================================
 # Main
 
 
@@ -2398,15 +3202,15 @@ class Terminated(BaseException):
 
 
 def stop_once(number, _):
-    """The handler of Ctrl-C and, until checkpoints are on, of SIGTERM: the first one ends the run, and no other, such as torchrun hands on, cuts that short."""
-    for each in (signal.SIGINT, signal.SIGTERM):
+    """Handle Ctrl-C and, until checkpoints are on, SIGTERM: the first ends the run, and no other is heard."""
+    for each in (signal.SIGINT, signal.SIGTERM):  # torchrun hands them on once more
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated("SIGTERM")
 
 
 @contextlib.contextmanager
 def hear_signals():
-    """Let a Ctrl-C that has cost this run another rank first be raised in here, and not where the log is about to be ended."""
+    """Let a Ctrl-C that has cost this run another rank first be raised in here, before the log is ended."""
     try:
         yield
     except RuntimeError:
@@ -2420,10 +3224,11 @@ def run(s: Hyperparameters, world: World):
     with Log(s, world) as log, hear_signals():
         log.write(f"{Path(__file__).read_text()}\n{SEPARATOR}\n{describe_machine(world)}", show=False)
         log.write(f"arguments: {shlex.join(sys.argv[1:])}\n{describe_settings(s)}", show=False)
-        began = seconds_since_launch()
+        imported = seconds_since_launch()
         trainer, start, elapsed = Trainer(s, world), 0, 0.0
         if s.resume:
-            start, elapsed = resume(trainer, path := find_checkpoint(s, world))
+            path = find_checkpoint(s, world)
+            start, elapsed = resume(trainer, path)
             log.write(f"resumed: step {start} of {path}")
         train.check()
         built = seconds_since_launch()
@@ -2431,48 +3236,54 @@ def run(s: Hyperparameters, world: World):
         warm = seconds_since_launch()
         log.write(calibrate(s, world), show=False)
         ready = seconds_since_launch()
-        parts = f"import {began:.1f}, build {built - began:.1f}, warm-up {warm - built:.1f}, calibration {ready - warm:.1f}"
+        parts = f"import {imported:.1f}, build {built - imported:.1f}, warm-up {warm - built:.1f}"
+        parts += f", calibration {ready - warm:.1f}"
         log.write(f"start: {ready:.1f} s from launch to step {start} ({parts})")
         log.write(SEPARATOR, show=False)
 
-        meter, saver = Meter(log, s.total_steps, world, elapsed), None
+        timer, saver = Timer(log, s.total_steps, world, elapsed), None
         if s.save_every or s.save_checkpoint:
             saver = Saver(log, trainer)
-            signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop", True))  # from now on it saves first
-        train_all(trainer, start, train, val, meter, saver)
+            signal.signal(
+                signal.SIGTERM, lambda *_: setattr(trainer, "stop", True)
+            )  # from now on it saves first
+        train_all(trainer, start, train, val, timer, saver)
         log.write(final_report(trainer.model))
 
 
-def train_all(trainer: Trainer, start: int, train: TrainLoader, val: ValLoader, meter: Meter, saver: Saver | None):
-    """Every step from start on, with its validations and checkpoints; raises Terminated once all ranks stop for a SIGTERM."""
-    s, log, stream = trainer.s, meter.log, train.stream(start, trainer.s.total_steps)
+def train_all(
+    trainer: Trainer, start: int, train: TrainLoader, val: ValLoader, timer: Timer, saver: Saver | None
+):
+    """Every step from start on, with validations and checkpoints; raises Terminated after a SIGTERM."""
+    s, log, stream = trainer.s, timer.log, train.stream(start, trainer.s.total_steps)
     profiler = Profiler(s, trainer.world, log)
-    meter.start()
+    timer.start()
     for step in range(start, s.total_steps + 1):
         last = step == s.total_steps
-        windows = parse_window(s, "final_window") if last else attention_windows(step, s)
-        if 0 < step < s.total_steps and windows[1] != (old := attention_windows(step - 1, s)[1]):
-            trainer.model.rotary.extend(old, windows[1])
+        inputs = step_inputs(step, s)
+        if not last:
+            trainer.begin_step(step)
         if last or (s.val_loss_every and step % s.val_loss_every == 0):
-            ms = meter.stop()
-            loss = trainer.validate(val.stream(), windows)
-            log.write(f"step:{step}/{s.total_steps} val_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
-            meter.check(step, loss)
-            meter.start()
+            ms = timer.stop()
+            loss = trainer.validate(val.stream(), inputs)
+            times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
+            log.write(f"step:{step}/{s.total_steps} val_loss:{loss:.4f} {times}")
+            timer.check(step, loss)
+            timer.start()
         if last:
             break
         profiler.before(step)
-        meter.step(step + 1, trainer.train_step(step, next(stream), windows))
+        timer.step(step + 1, trainer.train_step(step, next(stream), inputs))
         if profiler.ends(step):
-            meter.stop()
+            timer.stop()
             profiler.write()
-            meter.start()
-        stopping = step + 1 >= meter.stop_after
+            timer.start()
+        stopping = step + 1 >= timer.stop_after
         if saver:
             saver.check()
             if stopping or (s.save_every and (step + 1) % s.save_every == 0):
-                ms = meter.stop()
-                meter.start()  # at once: a save is on the clock
+                ms = timer.stop()
+                timer.start()  # at once: a save is on the clock
                 saver.save(trainer, step + 1, ms)
         if stopping:
             saver.check(wait=True)
@@ -2485,11 +3296,13 @@ def train_all(trainer: Trainer, start: int, train: TrainLoader, val: ValLoader, 
 
 
 def main() -> int:
-    """Parse the flags and run; returns 0. Whatever stops it ends in one line and its own exit code, 2 for a user's mistake."""
+    """Parse the flags and run; returns 0. What stops it ends in a line and an exit code, 2 for a mistake."""
     rank, alike = os.environ.get("RANK", "0"), False
     try:
         signal.signal(signal.SIGTERM, stop_once)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background a shell has it ignored
+        if (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):  # in the background a shell has it ignored
             signal.signal(signal.SIGINT, stop_once)
         settings = parse_settings(sys.argv[1:])
         run(settings, connect(settings))
@@ -2499,7 +3312,10 @@ def main() -> int:
     except UsageError as error:
         message, code = str(error), 2
     except torch.OutOfMemoryError:
-        message, code = "the GPU is out of memory; raise --micro_batches, which makes the packed sequences smaller", 1
+        message, code = (
+            "the GPU is out of memory; raise --micro_batches, which makes the sequences smaller",
+            1,
+        )
     except KeyboardInterrupt:
         message, code, alike = "stopped by Ctrl-C", 130, True
     except Terminated as error:
@@ -2507,14 +3323,21 @@ def main() -> int:
     except RuntimeError as error:
         if not (dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))):
             raise
-        message, code = "lost the other processes of this run; the one that ended first says why, and with checkpoints --resume=latest goes on", 1
+        message = (
+            "lost the other processes of this run; the one that ended first says why, and with checkpoints"
+        )
+        message, code = f"{message} --resume=latest goes on", 1
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank != "0" and not alike:
         time.sleep(5)  # rank 0, if it stops alike, says so, and torchrun then ends this process in its sleep
     if rank == "0" or not alike:
-        print(f"train_gpt.py: {'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
+        print(
+            f"train_gpt.py: {'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr, flush=True
+        )
     sys.stdout.flush()
-    os._exit(code)  # an orderly end would wait for shards still to be read, and for ranks that wait in a collective
+    os._exit(
+        code
+    )  # an orderly end would wait for shards still to be read, and for ranks that wait in a collective
 
 
 if __name__ == "__main__":
