@@ -713,8 +713,11 @@ def step_variant(step: int, s: Hyperparameters) -> Variant:
 
 
 def first_steps(s: Hyperparameters) -> dict[Variant, int]:
-    """Every variant of the run, with the first step that has it."""
-    return {step_variant(step, s): step for step in reversed(range(s.total_steps))}
+    """Every variant of the run, with the first step that has it, in their order."""
+    first = {}
+    for step in range(s.total_steps):
+        first.setdefault(step_variant(step, s), step)
+    return first
 
 
 def extend_context(rotary: Rotary, old: int, new: int):
@@ -3149,7 +3152,9 @@ def resume(trainer: Trainer, path: str) -> tuple[int, float]:
     """
     state, settings = read_checkpoint(path), dataclasses.asdict(trainer.s)
     for name in sorted(settings.keys() | state["settings"].keys()):
-        theirs, ours = (values.get(name, "(not a setting)") for values in (state["settings"], settings))
+        if name not in settings or name not in state["settings"]:
+            raise other_version(path, KeyError(f"--{name}"))
+        theirs, ours = state["settings"][name], settings[name]
         if theirs != ours and name not in FREE_SETTINGS:
             raise UsageError(
                 f"{path}: made with --{name}={theirs}, and this run has {ours}; give that, or another one"
