@@ -1,17 +1,20 @@
 """Time every kernel at the run's shapes, on one GPU, in about two minutes.
 
     python tests/benchmark.py
-    python tests/benchmark.py --tiles    # instead, find the attention kernels' tile sizes for this GPU, in a few minutes
+    python tests/benchmark.py --tiles    # instead, find the attention kernels' tiles for this GPU, in minutes
 
-Columns: our kernel; the same by its reference under torch.compile, or for attention by compiled FlexAttention; the rate that the
-kernel reaches; and the share of its floor, the larger of its arithmetic at the measured matrix rate and its bytes, each read
-or written once, at the measured copy bandwidth. Medians over repeated launches on random data; nothing here is a test.
+Columns: our kernel; the same by its reference under torch.compile, or for attention by compiled
+FlexAttention; the rate that the kernel reaches; and the share of its floor, the larger of its arithmetic at
+the measured matrix rate and its bytes, each read or written once, at the measured copy bandwidth. Medians
+over repeated launches on random data; nothing here is a test.
 """
 
 import argparse
 import functools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,7 @@ from triton.testing import do_bench
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_gpt as g  # noqa: E402
 
-DEVICE, T, HEADS, HEAD_DIM, WIDTH, CLASSES = "cuda", 32_768, 6, 128, 768, 50_304
+DEVICE, T, HEADS, HEAD_DIM, WIDTH, VOCABULARY = "cuda", 32_768, 6, 128, 768, 50_304
 WINDOWS = (384, 896, 1408, 1664)
 
 
@@ -34,13 +37,17 @@ def random(*shape, dtype=torch.bfloat16):
     return torch.randn(*shape, device=DEVICE, dtype=dtype)
 
 
-def document_bounds(window: int):
-    """first and last of documents like web text: lognormal lengths, median 453, mean 659, cut at 2048."""
-    lengths = torch.empty(T // 64).log_normal_(6.116, 0.866, generator=torch.Generator().manual_seed(1)).long().clamp(1, 2048)
+def document_mask(window: int) -> g.Mask:
+    """The mask of documents like web text: lognormal lengths, median 453, mean 659, cut at 2048."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.empty(T // 64).log_normal_(6.116, 0.866, generator=generator).long().clamp(1, 2048)
     ends = lengths.cumsum(0).clamp(max=T)
     spans = torch.diff(ends, prepend=ends.new_zeros(1))
-    at, firsts, lasts = torch.arange(T), (ends - spans).repeat_interleave(spans), (ends - 1).repeat_interleave(spans)
-    return [t.int().to(DEVICE) for t in (torch.maximum(firsts, at - window), torch.minimum(lasts, at + window))]
+    at = torch.arange(T)
+    starts = (ends - spans).repeat_interleave(spans)
+    lasts = (ends - 1).repeat_interleave(spans)
+    bounds = torch.maximum(starts, at - window), torch.minimum(lasts, at + window)
+    return g.Mask(*(t.int().to(DEVICE) for t in bounds))
 
 
 class Table:
@@ -51,136 +58,232 @@ class Table:
         self.flops = 2 * 8192**3 / ms(lambda: a @ b) * 1e3
         large, other = random(2**31), torch.empty(2**31, device=DEVICE, dtype=torch.bfloat16)
         self.bandwidth = 2 * 2 * 2**31 / ms(lambda: other.copy_(large)) * 1e3
-        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: bf16 8192^3 {self.flops / 1e12:.0f} TFLOP/s, copy {self.bandwidth / 1e9:.0f} GB/s")
+        ceilings = f"bf16 8192^3 {self.flops / 1e12:.0f} TFLOP/s, copy {self.bandwidth / 1e9:.0f} GB/s"
+        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: {ceilings}")
         print(f"{'kernel':<38}{'ms':>8}{'reference':>11}{'rate':>14}{'of floor':>10}")
 
     def row(self, name: str, ours, reference, flops: float, size: float):
         """One kernel, with the operations that it must do and the bytes that it must move."""
-        took, other, floor = ms(ours), ms(reference) if reference else None, max(flops / self.flops, size / self.bandwidth) * 1e3
-        rate = f"{flops / took / 1e9:.0f} TFLOP/s" if flops / self.flops > size / self.bandwidth else f"{size / took / 1e6:.0f} GB/s"
-        print(f"{name:<38}{took:>8.3f}{'-' if other is None else f'{other:.3f}':>11}{rate:>14}{floor / took:>10.0%}", flush=True)
+        took = ms(ours)
+        other = f"{ms(reference):.3f}" if reference else "-"
+        by_arithmetic, by_bytes = flops / self.flops, size / self.bandwidth
+        floor = max(by_arithmetic, by_bytes) * 1e3
+        rate = f"{size / took / 1e6:.0f} GB/s"
+        if by_arithmetic > by_bytes:
+            rate = f"{flops / took / 1e9:.0f} TFLOP/s"
+        print(f"{name:<38}{took:>8.3f}{other:>11}{rate:>14}{floor / took:>10.0%}", flush=True)
 
 
-def attention_inputs() -> list:
-    """x, weight, value, lambdas, gate, cos, sin and scale of the run's attention."""
-    angles, width = torch.randn(T, HEAD_DIM // 2, device=DEVICE), HEADS * HEAD_DIM
-    lambdas, scale = torch.tensor([1.0, 0.0, 0.5, 0.5], device=DEVICE), torch.tensor(0.1, device=DEVICE)
-    x, weight, value = g.norm(random(T, width)), random(3 * width, width) / width**0.5, random(T, width)
-    return [x, weight, value, lambdas, random(T, HEADS), angles.cos().bfloat16(), angles.sin().bfloat16(), scale]
+class AttentionInputs(NamedTuple):
+    """What the run's attention reads."""
+
+    h: torch.Tensor
+    qkvo: torch.Tensor
+    ve: torch.Tensor
+    gate: torch.Tensor
+    lambdas: torch.Tensor
+    rotary: SimpleNamespace
+
+
+def attention_inputs() -> AttentionInputs:
+    angles = torch.randn(T, HEAD_DIM // 2, device=DEVICE)
+    scale = torch.tensor(0.1, device=DEVICE)
+    rotary = SimpleNamespace(cos=angles.cos().bfloat16(), sin=angles.sin().bfloat16(), scale=scale)
+    return AttentionInputs(
+        h=g.rms_norm(random(T, WIDTH)),
+        qkvo=random(WIDTH, 4 * WIDTH) / WIDTH**0.5,
+        ve=random(T, WIDTH),
+        gate=random(T, HEADS),
+        lambdas=torch.tensor([1.0, 0.0, 0.5, 0.5], device=DEVICE),
+        rotary=rotary,
+    )
+
+
+def mix_and_turn(q, k, v, ve, l0, l1, cos, sin):
+    """Norm and rotary embedding of q and k, and mixing of v: what the kernel does after its product."""
+    q = g.apply_rotary(g.rms_norm(q), cos, sin)
+    k = g.apply_rotary(g.rms_norm(k), cos, sin)
+    return q, k, l0 * v + l1 * ve.view_as(v)
+
+
+def benchmark_qkv(table: Table, inputs: AttentionInputs) -> tuple:
+    """q, k and v of h, by bf16 and by e4m3; and the backward pass of what is done to them, by the reference.
+
+    Returns q, k and v.
+    """
+    h, qkvo, ve, _, lambdas, rotary = inputs
+    w_qkv, shape = qkvo.view(4 * WIDTH, WIDTH)[: 3 * WIDTH], (T, 3, HEADS, HEAD_DIM)
+    e4m3 = g.to_e4m3(h, g.normed_scale(WIDTH)), g.to_e4m3(qkvo, g.WEIGHT_SCALE)
+
+    def plain(h, w_qkv, ve):
+        return mix_and_turn(
+            *F.linear(h, w_qkv).view(shape).unbind(1), ve, *lambdas[2:], rotary.cos, rotary.sin
+        )
+
+    reference = torch.compile(plain)
+    flops, size = 2 * T * WIDTH * 3 * WIDTH, 6 * h.nbytes + w_qkv.nbytes
+    for name, (h_e4m3, w_e4m3), rate in (("bf16", (None, None), 1), ("e4m3", e4m3, 2)):
+        operands = g.Normed(h, h_e4m3), g.Weight(qkvo, e4m3=w_e4m3)
+        ours = functools.partial(g.qkv_forward, *operands, ve, lambdas, rotary)
+        table.row(f"q, k, v of h, {name}", ours, lambda: reference(h, w_qkv, ve), flops / rate, size)
+    leaves = [t.contiguous() for t in F.linear(h, w_qkv).view(shape).unbind(1)]
+    leaves = [t.detach().clone().requires_grad_() for t in (*leaves, ve, lambdas[2], lambdas[3])]
+    made = torch.compile(mix_and_turn)(*leaves, rotary.cos, rotary.sin)
+    grads = [torch.randn_like(t) for t in made]
+    backward = functools.partial(torch.autograd.grad, made, leaves, grads, retain_graph=True)
+    table.row("norm, rotary, mixing: reference back", backward, None, 0, 8 * h.nbytes)
+    return tuple(t.detach() for t in made)
 
 
 def benchmark_attention(table: Table):
-    """q, k and v; then the three kernels, beside attention without gates, norm, rotary embedding and mixing, of which ours do the backward pass
+    """The q, k, v kernel; then attention, fused and standing alone, beside FlexAttention.
 
-    too, a row of its own.
+    FlexAttention has no gates. Nor has it norm, rotary embedding and mixing, whose backward pass the fused
+    kernels do too: they have a row of their own.
     """
-    x, weight, value, lambdas, gate, cos, sin, scale = attention_inputs()
-    shape, flops = (T, 3, HEADS, HEAD_DIM), 6 * T * WIDTH * WIDTH
-    x8, weight8 = g.to_e4m3(x, 1 / g.normed_scale(x)), g.to_e4m3(weight, 1 / g.WEIGHT_SCALE)
-    reference = torch.compile(lambda x, weight, value: g.heads_reference(F.linear(x, weight).view(shape), value, *lambdas[2:], cos, sin))
-    for name, copies, rate in (("bf16", (None, None), 1), ("e4m3", (x8, weight8), 2)):
-        ours = lambda: g.heads_forward(x, copies[0], weight, copies[1], value, lambdas, cos, sin)  # noqa: B023, E731
-        table.row(f"q, k, v of x, {name}", ours, lambda: reference(x, weight, value), flops / rate, 6 * x.nbytes + weight.nbytes)
-    leaves = [t.requires_grad_() for t in (F.linear(x, weight).view(shape), value.clone(), lambdas[2].clone(), lambdas[3].clone())]
-    heads = torch.compile(g.heads_reference)(*leaves, cos, sin)
-    grads = [torch.randn_like(t) for t in heads]
-    table.row("norm, rotary, mixing: reference back", lambda: torch.autograd.grad(heads, leaves, grads, retain_graph=True), None, 0, 8 * x.nbytes)
-    batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in heads]
-    flex, gradient = torch.compile(flex_attention), random(1, HEADS, T, HEAD_DIM)
+    inputs = attention_inputs()
+    qkv = benchmark_qkv(table, inputs)
+    batched = [t.transpose(0, 1)[None].detach().requires_grad_() for t in qkv]
+    alone = [t.detach().clone().requires_grad_() for t in qkv]
+    flex, gradient, dout = (
+        torch.compile(flex_attention),
+        random(1, HEADS, T, HEAD_DIM),
+        random(T, HEADS, HEAD_DIM),
+    )
     launches = {name: attention_launches(name) for name in ("forward", "query", "key")}
+    size = inputs.ve.nbytes
     for window, forward, query, key in zip(WINDOWS, *launches.values(), strict=True):
-        first, _ = document_bounds(window)
-        mask = create_block_mask(lambda b, h, i, j, first=first: (first[i] <= j) & (j <= i), None, None, T, T, DEVICE, _compile=True)
-        pairs = (torch.arange(T, device=DEVICE) - first + 1).sum().item() * HEADS * HEAD_DIM
-        wanted = flex(*batched, block_mask=mask, scale=0.1)
-        table.row(f"attention forward, W = {window}", forward, lambda: flex(*batched, block_mask=mask, scale=0.1), 4 * pairs, 4 * value.nbytes)
-        table.row(f"attention backward, W = {window}", lambda: (query(), key()),
-                  lambda: torch.autograd.grad(wanted, batched, gradient, retain_graph=True), 10 * pairs, 8 * value.nbytes)  # fmt: skip
+        mask = document_mask(window)
+
+        def visible(b, h, i, j, first_key=mask.first_key):
+            return (first_key[i] <= j) & (j <= i)
+
+        blocks = create_block_mask(visible, None, None, T, T, DEVICE, _compile=True)
+        reach = torch.arange(T, device=DEVICE) - mask.first_key + 1
+        flops = 4 * reach.sum().item() * HEADS * HEAD_DIM
+        reference = functools.partial(flex, *batched, block_mask=blocks, scale=0.1)
+        attend = functools.partial(g.flash_attention_fused, *alone, mask, inputs.rotary.scale)
+        back = functools.partial(torch.autograd.grad, reference(), batched, gradient, retain_graph=True)
+        back_alone = functools.partial(torch.autograd.grad, attend(), alone, dout, retain_graph=True)
+        table.row(f"attention forward, W = {window}", forward, reference, flops, 4 * size)
+        both = functools.partial(call_both, query, key)
+        table.row(f"attention backward, W = {window}", both, back, 2.5 * flops, 8 * size)
+        table.row(f"flash_attention, W = {window}", attend, reference, flops, 4 * size)
+        table.row(f"flash_attention backward, W = {window}", back_alone, back, 2.5 * flops, 8 * size)
+
+
+def call_both(first, second):
+    first()
+    second()
 
 
 def benchmark_head(table: Table):
-    z, targets, dloss = 3 * random(T, CLASSES), torch.randint(CLASSES, (T,), device=DEVICE, dtype=torch.int32), torch.ones(T, device=DEVICE)
-    _, lse = g.loss_forward(z, targets, exact=False)
-    reference = torch.compile(g.loss_reference)
-    table.row("loss forward", lambda: g.loss_forward(z, targets, exact=False), lambda: reference(z, targets), 0, z.nbytes)
+    z, dloss = 3 * random(T, VOCABULARY), torch.ones(T, device=DEVICE)
+    targets = torch.randint(VOCABULARY, (T,), device=DEVICE, dtype=torch.int32)
+    _, lse = g.cross_entropy_forward(z, targets, exact=False)
+    reference = torch.compile(g.softcapped_cross_entropy.definition)
+    forward = functools.partial(g.cross_entropy_forward, z, targets, exact=False)
+    table.row("loss forward", forward, functools.partial(reference, z, targets), 0, z.nbytes)
     leaf = z.detach().requires_grad_()
     loss = reference(leaf, targets)
-    backward = lambda: torch.autograd.grad(loss, leaf, dloss, retain_graph=True)  # noqa: E731
-    table.row("loss backward, e5m2 both ways", lambda: g.loss_backward(z, targets, lse, dloss, True), backward, 0, z.nbytes * 2)
-    del z, leaf, loss
-    x = random(T, WIDTH)
-    grad = torch.zeros(CLASSES, WIDTH, device=DEVICE)
+    plain = functools.partial(torch.autograd.grad, loss, leaf, dloss, retain_graph=True)
+    backward = functools.partial(g.cross_entropy_backward, z, targets, lse, dloss, fp8=True)
+    table.row("loss backward, e5m2 both ways", backward, plain, 0, z.nbytes * 2)
+    del z, leaf, loss, forward, plain, backward
+    x, grad = random(T, WIDTH), torch.zeros(VOCABULARY, WIDTH, device=DEVICE)
     add = torch.compile(lambda grad, targets, x: grad.index_add_(0, targets, x.float()))
-    table.row("scatter_add", lambda: g.scatter_add(grad, targets, x), lambda: add(grad, targets, x), 0, x.nbytes + 2 * 2 * x.nbytes)
+    ours = functools.partial(g.scatter_add_, grad, targets, x)
+    table.row("scatter_add_", ours, lambda: add(grad, targets, x), 0, x.nbytes + 2 * 2 * x.nbytes)
 
 
-def benchmark_mix(table: Table):
-    """Both ways, with the e4m3 copy; beside the reference, whose gradient of x0 nobody has added to the other layers' yet."""
-    x, x0, dmixed, dnormed = (random(T, WIDTH).requires_grad_() for _ in range(4))
-    lambdas, shared = torch.tensor([[1.1, 0.2, 0.5, 0.5]], device=DEVICE, requires_grad=True), {}
-    compiled = torch.compile(lambda x, x0, lambdas: g.mix_reference(x, x0, lambdas[0]))
-    gradient = torch.zeros_like(x0)
-    wanted, (*found, _) = compiled(x, x0, lambdas), g.mix(x, x0, lambdas, 0, shared, True)
-    table.row("mix forward", lambda: g.mix(x, x0, lambdas, 0, {}, True), lambda: compiled(x, x0, lambdas), 0, 4.5 * x.nbytes)
+def benchmark_mix_norm(table: Table):
+    """Both ways, with the e4m3 copy; the reference does not add its gradient of x0 to other layers'."""
+    x, x0, dmixed, dh = (random(T, WIDTH).requires_grad_() for _ in range(4))
+    lambdas = torch.tensor([1.1, 0.2, 0.5, 0.5], device=DEVICE, requires_grad=True)
+    handle = g.Weight(lambdas.detach(), torch.zeros_like(lambdas))
+    shared, before = g.SharedGradient(), torch.zeros_like(x0)
+    ours = functools.partial(g._MixNorm.apply, x, x0, handle, shared, True)
+    reference = torch.compile(g.mix_norm.definition)
+    plain = functools.partial(reference, x, x0, lambdas)
+    table.row("mix_norm forward", ours, plain, 0, 4.5 * x.nbytes)
+    mixed, h, _ = ours()
+    wanted = plain()
 
     def backward():
-        shared["gradient"] = gradient  # as if another layer had been there
-        torch.autograd.grad(found, (x, x0), (dmixed, dnormed), retain_graph=True)
+        shared.total = before  # as if another layer had been there
+        torch.autograd.grad((mixed, h), x, (dmixed, dh), retain_graph=True)
 
-    table.row("mix backward", backward, lambda: torch.autograd.grad(wanted, (x, x0, lambdas), (dmixed, dnormed), retain_graph=True), 0, 7 * x.nbytes)
+    leaves = (x, x0, lambdas)
+    plain_back = functools.partial(torch.autograd.grad, wanted, leaves, (dmixed, dh), retain_graph=True)
+    table.row("mix_norm backward", backward, plain_back, 0, 7 * x.nbytes)
 
 
 def benchmark_mlp(table: Table):
-    x, w_in, w_out, dout = random(T, WIDTH), *(0.03 * random(WIDTH, 4 * WIDTH) for _ in range(2)), random(T, WIDTH)
-    x = g.norm(x)
-    x8, in8 = g.to_e4m3(x, 1 / g.normed_scale(x)), g.to_e4m3(w_in.t().contiguous(), 1 / g.WEIGHT_SCALE)
-    inside = lambda: g.mlp_hidden(x8, in8, g.normed_scale(x) * g.WEIGHT_SCALE)  # noqa: E731
-    hidden = inside()
-    inward = torch.compile(lambda x, w: torch.relu(x @ w).square())
+    h, dout = g.rms_norm(random(T, WIDTH)), random(T, WIDTH)
+    c_fc, c_proj = (0.03 * random(WIDTH, 4 * WIDTH) for _ in range(2))
+    h_e4m3 = g.to_e4m3(h, g.normed_scale(WIDTH))
+    c_fc_t = g.to_e4m3(c_fc.t().contiguous(), g.WEIGHT_SCALE)
+    ours = functools.partial(g.mlp_hidden, h_e4m3, c_fc_t)
+    hidden = ours()
+    inward = torch.compile(lambda h, w: torch.relu(h @ w).square())
     slope = torch.compile(lambda dout, w, hidden: (dout @ w) * (2 * hidden.sqrt()))
-    squares, flops, size = inward(x, w_in), 2 * T * WIDTH * 4 * WIDTH, x.nbytes + w_in.nbytes
-    table.row("relu(x w_in)^2, e4m3", inside, lambda: inward(x, w_in), flops / 2, size // 2 + hidden.nbytes)
-    back = lambda: g.mlp_hidden_backward(dout, w_out, hidden)  # noqa: E731
-    table.row("its gradient, and it in bf16", back, lambda: slope(dout, w_out, squares), flops, size + 5 * hidden.nbytes)
+    squares, flops, size = inward(h, c_fc), 2 * T * WIDTH * 4 * WIDTH, h.nbytes + c_fc.nbytes
+    table.row("relu(h c_fc)^2, e4m3", ours, lambda: inward(h, c_fc), flops / 2, size // 2 + hidden.nbytes)
+    back = functools.partial(g.mlp_hidden_backward, dout, c_proj, hidden)
+    plain = functools.partial(slope, dout, c_proj, squares)
+    table.row("its gradient, and it in bf16", back, plain, flops, size + 5 * hidden.nbytes)
 
 
 def benchmark_products(table: Table):
     """cuBLAS at the block's shapes: what a kernel of ours would have to beat."""
     x, h, w = random(T, WIDTH), random(T, 4 * WIDTH), random(WIDTH, 4 * WIDTH)
-    for name, product in (("cuBLAS x w_in", lambda: x @ w), ("cuBLAS h w_out^T", lambda: F.linear(h, w)), ("cuBLAS gradient of w", lambda: x.t() @ h)):
-        table.row(name, product, None, 2 * T * WIDTH * 4 * WIDTH, x.nbytes + h.nbytes + w.nbytes)
+    flops, size = 2 * T * WIDTH * 4 * WIDTH, x.nbytes + h.nbytes + w.nbytes
+    table.row("cuBLAS h c_fc", lambda: x @ w, None, flops, size)
+    table.row("cuBLAS hidden c_proj^T", lambda: F.linear(h, w), None, flops, size)
+    table.row("cuBLAS gradient of a weight", lambda: x.t() @ h, None, flops, size)
 
 
 def attention_launches(name: str) -> list:
-    """A launch of one attention kernel for each of the run's windows; each reads its tiles when it is called."""
-    kernel = {"forward": g._attention_forward_kernel, "query": g._attention_query_kernel, "key": g._attention_key_kernel}[name]
-    x, weight, value, lambdas, gate, cos, sin, scale = attention_inputs()
-    heads, raw, factors = g.heads_forward(x, None, weight, None, value, lambdas, cos, sin)
-    dout, dqkv, dvalue, dgate, dlambdas = random(T, HEADS, HEAD_DIM), *(torch.empty_like(t) for t in (heads, value, gate)), torch.zeros_like(lambdas)
+    """A launch of one attention kernel for each window; it reads its tiles when it is called."""
+    h, qkvo, ve, gate, lambdas, rotary = attention_inputs()
+    made = g.qkv_forward(g.Normed(h), g.Weight(qkvo), ve, lambdas, rotary)
+    dout, dqkv = random(T, HEADS, HEAD_DIM), torch.empty_like(made.qkv)
+    weight = g.Weight(lambdas, torch.zeros_like(lambdas))
+    end = g.QKVEnd(made, ve, torch.empty_like(ve), weight, rotary)
     launches = []
     for window in WINDOWS:
-        first, last = document_bounds(window)
-        out, lse = g.attention_forward(heads, gate, first, scale)
-        delta = ((out.float() * dout.float()).sum(-1) / torch.sigmoid(gate)).t().float().contiguous()
-        tensors = {
-            "forward": ((heads,), (heads, out), gate, lse, first, scale),
-            "query": ((heads,), (), heads, out, dout, cos, sin, dqkv, factors, gate, lse, delta, dgate, first, scale),
-            "key": ((heads, dout), (heads,), heads, raw, value, dvalue, cos, sin, dqkv, factors, lse, delta, first, last, lambdas, dlambdas, scale),
-        }[name]
-        launches.append(functools.partial(g._attention_launch, kernel, name, *tensors))
+        given = (*made.qkv.unbind(1), gate, document_mask(window), rotary.scale)
+        if name == "forward":
+            launches.append(functools.partial(g.attention_forward, *given))
+            continue
+        a = g.attention_forward(*given)
+        if name == "query":
+            launches.append(functools.partial(g.attention_backward_query, dout, a, end, dqkv))
+        else:
+            gates = torch.sigmoid(gate.float())
+            delta = ((a.out.float() * dout.float()).sum(-1) / gates).t().contiguous()
+            launches.append(functools.partial(g.attention_backward_key, dout, a, end, dqkv, delta))
     return launches
 
 
-def find_tiles(tiles: dict[str, tuple], launches, time) -> dict[str, tuple]:
-    """The fastest tiles for each kernel that runs with any, by the sum of its times over all windows; prints each that it tries.
+def candidate_tiles(before: tuple) -> list[tuple]:
+    """The tiles to try: the one in use first."""
+    shapes = ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128))
+    options = ((4, 2), (4, 3), (8, 2), (8, 3))
+    tiles = [(*shape, *rest) for shape in shapes for rest in options]
+    return list(dict.fromkeys([before, *tiles]))
 
-    tiles: the table that the kernels read, left as it was found. launches: from a kernel's name to its launches. time: ms of one.
+
+def find_tiles(tiles: dict[str, tuple], launches, time) -> dict[str, tuple]:
+    """The fastest tiles for each kernel that runs with any, by the sum of its times over all windows.
+
+    Prints each that it tries. tiles: the table that the kernels read, left as it was found. launches: from a
+    kernel's name to its launches. time: ms of one.
     """
     best = {}
     for name, before in list(tiles.items()):
         found, calls = {}, launches(name)
-        shapes = ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128))
-        for tile in dict.fromkeys((before, *((*shape, *rest) for shape in shapes for rest in ((4, 2), (4, 3), (8, 2), (8, 3))))):
+        for tile in candidate_tiles(before):
             tiles[name] = tile
             try:
                 found[tile] = sum(time(call) for call in calls)
@@ -190,13 +293,16 @@ def find_tiles(tiles: dict[str, tuple], launches, time) -> dict[str, tuple]:
         tiles[name] = before
         if found:
             best[name] = min(found, key=found.get)
-            print(f"{name}: fastest {best[name]}, {found[best[name]]:.3f} ms; in use {before}, {found.get(before, float('nan')):.3f} ms", flush=True)
+            in_use = f"in use {before}, {found.get(before, float('nan')):.3f} ms"
+            print(f"{name}: fastest {best[name]}, {found[best[name]]:.3f} ms; {in_use}", flush=True)
     return best
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiles", action="store_true", help="find the attention kernels' tile sizes for this GPU")
+    parser.add_argument(
+        "--tiles", action="store_true", help="find the attention kernels' tile sizes for this GPU"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("tests/benchmark.py: needs a CUDA GPU, and found none", file=sys.stderr)
@@ -210,7 +316,7 @@ def main() -> int:
     table = Table()
     benchmark_attention(table)
     benchmark_head(table)
-    benchmark_mix(table)
+    benchmark_mix_norm(table)
     benchmark_mlp(table)
     benchmark_products(table)
     return 0

@@ -19,7 +19,7 @@ _dot = InterpreterBuilder.create_dot
 
 
 def _widened(handle: TensorHandle) -> TensorHandle:
-    """The interpreter stores bf16 as its bits in uint16, and Triton 3.7.1's multiplies those as whole numbers."""
+    """The interpreter stores bf16 as its bits in uint16; Triton 3.7.1 multiplies those as whole numbers."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
@@ -30,19 +30,36 @@ def _bytes(*numbers):
     return np.stack(numbers, -1).view(np.uint8)
 
 
-# The interpreter has no PTX; of what the kernels use, these are the exact counterparts. Other instructions are a KeyError.
+def _half_pair(low, high):
+    """Two float32 numbers as float16, in the halves of a uint32."""
+    return [np.stack([low, high], -1).astype(np.float16).view(np.uint32)[..., 0]]
+
+
+def _odd_bytes(a, b):
+    """The odd bytes of two uint32, together in one."""
+    return [np.ascontiguousarray(_bytes(a, b)[..., 1::2]).view(np.uint32)[..., 0]]
+
+
+def _odd_bytes_apart(pair):
+    """The odd bytes of uint32, the lower ones and the higher ones."""
+    return [_bytes(pair)[..., 1], _bytes(pair)[..., 3]]
+
+
+# The interpreter has no PTX: these are the exact counterparts of what the kernels use; others are a KeyError.
 _ASM = {
     "tanh.approx.f32 $0, $1;": lambda x: [np.tanh(x)],
-    "cvt.rn.f16x2.f32 $0, $2, $1;": lambda low, high: [np.stack([low, high], -1).astype(np.float16).view(np.uint32)[..., 0]],
-    "prmt.b32 $0, $1, $2, 0x7531;": lambda a, b: [np.ascontiguousarray(_bytes(a, b)[..., 1::2]).view(np.uint32)[..., 0]],
-    "{ .reg .b32 a, b; prmt.b32 a, $2, $3, 0x7351; prmt.b32 b, $4, $5, 0x7351; prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }": lambda pair: [
-        _bytes(pair)[..., 1], _bytes(pair)[..., 3],
-    ],
+    "cvt.rn.f16x2.f32 $0, $2, $1;": _half_pair,
+    "prmt.b32 $0, $1, $2, 0x7531;": _odd_bytes,
+    "{ .reg .b32 a, b; prmt.b32 a, $2, $3, 0x7351; prmt.b32 b, $4, $5, 0x7351;"
+    " prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }": _odd_bytes_apart,
 }
 
 
 def _inline_asm(self, asm, constraints, values, types, pure, pack):
-    found = [TensorHandle(data, kind.scalar) for data, kind in zip(_ASM[asm](*(value.data for value in values)), types, strict=True)]
+    found = [
+        TensorHandle(data, kind.scalar)
+        for data, kind in zip(_ASM[asm](*(value.data for value in values)), types, strict=True)
+    ]
     return SimpleNamespace(get_result=lambda i: found[i])
 
 
@@ -54,7 +71,9 @@ def _rounded(self, source, kind, mode):
     """The interpreter of Triton 3.7.1 loses the carry of a mantissa that it rounds up to e4m3."""
     if (source.dtype.scalar, kind.scalar) != (tl.float32, tl.float8e4nv):
         return _fp_to_fp(self, source, kind, mode)
-    return TensorHandle(torch.from_numpy(source.data).to(torch.float8_e4m3fn).view(torch.uint8).numpy(), kind.scalar)
+    return TensorHandle(
+        torch.from_numpy(source.data).to(torch.float8_e4m3fn).view(torch.uint8).numpy(), kind.scalar
+    )
 
 
 InterpreterBuilder.create_fp_to_fp = _rounded

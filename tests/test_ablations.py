@@ -1,21 +1,25 @@
-"""Every line of the list of ablations is a setting that the script takes, and every patch applies and trains."""
+"""Every line of the list of ablations is a setting that the script takes; every patch applies and trains."""
 
 import json
 import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from shards import tiny_flags
 
 import train_gpt
 
-sys.path.insert(0, str(train_gpt.Path(train_gpt.__file__).parent / "records"))
+sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
 import record  # noqa: E402
 
 SEEDS, ENTRIES = record.read_sweep(record.RECORDS / "ablations" / "ablations.txt")
 SCRIPT = record.ROOT / "train_gpt.py"
+PATCHES = sorted((record.RECORDS / "ablations").glob("*.patch"))
+SHORT = ["--micro_batches=4", "--num_scheduled_iterations=3", "--num_extension_iterations=0"]
+LONGER = {"batch_schedule", "multi_token"}  # may change 40 lines, where others may change 25
 
 
 def test_the_list_is_whole():
@@ -25,10 +29,12 @@ def test_the_list_is_whole():
     for layer in (0, 7, 11):
         for count in (2, 4):
             assert f"attention-{layer}-x{count} " in names and f"mlp-{layer}-x{count} " in names
-    assert {patch.name for entry in ENTRIES for patch in entry.patches} == {path.name for path in (record.RECORDS / "ablations").glob("*.patch")}
+    assert {patch for entry in ENTRIES for patch in entry.patches} == set(PATCHES)
 
 
-@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if not entry.patches], ids=lambda entry: entry.name)
+@pytest.mark.parametrize(
+    "entry", [entry for entry in ENTRIES if not entry.patches], ids=lambda entry: entry.name
+)
 def test_flags_change_the_model(entry):
     """Each line differs from the baseline in the layer table or the skips, and says what its name says."""
     s, plain = train_gpt.parse_settings(entry.flags), train_gpt.parse_settings([])
@@ -41,37 +47,91 @@ def test_flags_change_the_model(entry):
         assert getattr(table[int(found[2])], found[1]) == int(found[3])
 
 
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_patches_are_small_and_leave_the_machine_alone(patch):
+    """At most 5 hunks and 25 lines, all in Part I, which names no kernel, no device, no FP8 and no rank."""
+    text = patch.read_text()
+    lines = [line for line in text.splitlines() if re.match(r"[+-](?![+-]{2} )", line)]
+    assert len(re.findall("^@@", text, re.M)) <= 5
+    assert len(lines) <= (40 if patch.stem in LONGER else 25)
+    before, after = SCRIPT.read_text(), record.patched(SCRIPT, (patch,))
+    rest = "# Part II: Machine"
+    assert after.split(rest)[1] == before.split(rest)[1]
+    part = after.split(rest)[0].split("# Part I: Recipe")[1]
+    assert not re.search(r"triton|cuda|device|fp8|e4m3|\brank", part, re.I)
+    assert all(len(line) <= 110 for line in after.splitlines())
+
+
 PROGRAM = """
-import json, math, sys, torch, train_gpt
-for name, flags, plain in json.loads(sys.argv[1]):
-    s, world = train_gpt.parse_settings(flags), train_gpt.World()
-    trainer, loader = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world)
-    torch.nn.init.normal_(trainer.model.head, std=0.02)
-    for stack in trainer.normuon.stacks:
-        stack.own.add_(0.01 * torch.randn_like(stack.own))  # the zeros of the start would hide a matrix that is not used
-    steps = list(loader.stream(0, 2))
-    trainer.model(steps[0][0], (128, 384)).sum().backward()
-    new = {n: p for n, p in trainer.model.slots.named_parameters() if "mlp_middle" in n or "mlp_gate" in n}
-    unused = [n for n, p in new.items() if not p.grad.abs().max() > 0]
-    losses = [trainer.train_step(step, batches, (128, 384))[0].item() for step, batches in enumerate(steps)]
-    alike = [p.double().sum().item() for p in train_gpt.GPT(train_gpt.parse_settings(plain), world).parameters()]
-    print(json.dumps([name, len(new), unused, losses, alike]))
+import json, sys, torch, train_gpt
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+class Noisy(train_gpt.GPT):
+    def __init__(self, *args):
+        super().__init__(*args)
+        torch.manual_seed(0)
+        for p in self.parameters():
+            p.data.add_(0.02 * torch.randn_like(p))  # the zeros of the start would hide what is not used
+
+def two_steps(flags, world):
+    s = train_gpt.parse_settings(flags)
+    train_gpt.GPT = Noisy
+    trainer, loader, losses = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world), []
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    for step, batches in enumerate(loader.stream(0, 2)):
+        trainer.begin_step(step)
+        losses.append(trainer.train_step(step, batches, train_gpt.step_inputs(step, s))[0].item())
+    losses.append(trainer.validate(train_gpt.ValLoader(s, world).stream(), train_gpt.step_inputs(2, s)))
+    trainer.wait()
+    return losses, {name: not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters()}
+
+def both(rank, entries):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+    for flags in entries:
+        alone = two_steps(flags, train_gpt.World()) if rank == 0 else None
+        together = two_steps(flags, train_gpt.World(rank, 2))
+        if rank == 0:
+            print(json.dumps([alone, together]), flush=True)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.spawn(both, (json.loads(sys.argv[1]),), nprocs=2)
 """
 
 
-@pytest.mark.parametrize("patches", sorted({entry.patches for entry in ENTRIES if entry.patches}), ids=lambda patches: patches[0].name)
-def test_patches_train(patches, tmp_path):
-    """A patched script: without its flags it is the model it was; with them two steps train it, its new matrices too."""
-    plain = [*tiny_flags(tmp_path), "--num_scheduled_iterations=4", "--num_extension_iterations=0"]
-    entries = [(entry.name, [*plain, *entry.flags, *plain[-2:]], plain) for entry in ENTRIES if entry.patches == patches]
-    (tmp_path / "train_gpt.py").write_text(record.patched(SCRIPT, patches))
-    command = [sys.executable, "-c", PROGRAM, json.dumps(entries)]  # on its own: the script names its operators for torch
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+def train_two_steps(folder, script, entries):
+    """For each list of flags, in one and in two processes: losses of steps and a validation, what moved."""
+    (folder / "train_gpt.py").write_text(script)
+    (folder / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "program.py", json.dumps(entries), str(folder / "join")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
-    wanted = [p.double().sum().item() for p in train_gpt.GPT(train_gpt.parse_settings(plain), train_gpt.World()).parameters()]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [name for name, *_ in found] == [name for name, *_ in entries]
-    for name, new, unused, losses, alike in found:
-        assert new and not unused and all(map(math.isfinite, losses)) and losses[1] != losses[0], name
-        assert alike == wanted, name
-    assert len({losses[1] for _, _, _, losses, _ in found}) == len(found)  # no two lines are the same model
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unpatched(tmp_path_factory):
+    """The losses of the script itself, and its parameters."""
+    folder = tmp_path_factory.mktemp("unpatched")
+    ((alone, _),) = train_two_steps(folder, SCRIPT.read_text(), [[*tiny_flags(folder), *SHORT]])
+    return alone
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_patches_train(patch, tmp_path, unpatched):
+    """Two steps are alike in one and in two processes, unlike those of the script, and train what is new."""
+    own = [entry for entry in ENTRIES if entry.patches == (patch,)]
+    own = own[:: max(1, len(own) // 4)]  # the gated MLPs' lines differ only in their numbers
+    flags = [[*tiny_flags(tmp_path), *entry.flags, *SHORT] for entry in own]
+    found = train_two_steps(tmp_path, record.patched(SCRIPT, (patch,)), flags)
+    base, names = unpatched
+    for entry, ((alone, moved), (together, _)) in zip(own, found, strict=True):
+        assert all(map(math.isfinite, alone)), entry.name
+        assert alone == pytest.approx(together, abs=1e-5), entry.name
+        assert max(abs(a - b) for a, b in zip(alone, base, strict=True)) > 1e-5, entry.name
+        new = {name: moves for name, moves in moved.items() if name not in names}
+        kinds = {train_gpt.kind_of(name) for name in new}
+        assert kinds == {train_gpt.kind_of(name) for name, moves in new.items() if moves}, entry.name
+    assert len({tuple(alone) for (alone, _), _ in found}) == len(found)  # no two lines are the same model

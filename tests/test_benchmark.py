@@ -8,7 +8,7 @@ import train_gpt
 
 
 def test_find_tiles(capsys):
-    """The fastest of those that run, by the sum over the windows; the table is as it was, and a failure is told."""
+    """The fastest of those that run, by the sum over windows; the table stays; a failure is told."""
     tiles = {"forward": (64, 64, 4, 3), "key": (64, 64, 4, 2)}
     before = dict(tiles)
 
@@ -20,53 +20,79 @@ def test_find_tiles(capsys):
         queries, keys, warps, stages = tiles[name]
         if warps == 8 and stages == 3:
             raise RuntimeError("no room\nat all")
-        return 10.0 + window if (queries, keys) != (128, 64) else window + stages + (name == "key") * (warps == 4)
+        return (
+            10.0 + window
+            if (queries, keys) != (128, 64)
+            else window + stages + (name == "key") * (warps == 4)
+        )
 
-    assert benchmark.find_tiles(tiles, launches, time) == {"forward": (128, 64, 4, 2), "key": (128, 64, 8, 2)}
+    found = benchmark.find_tiles(tiles, launches, time)
+    assert found == {"forward": (128, 64, 4, 2), "key": (128, 64, 8, 2)}
     assert tiles == before
     printed = capsys.readouterr().out
-    assert "key (64, 64, 8, 3): does not run (no room)" in printed and "forward: fastest (128, 64, 4, 2), 9.000 ms; in use (64, 64, 4, 3), 33.000 ms" in printed
+    assert "key (64, 64, 8, 3): does not run (no room)" in printed
+    assert "forward: fastest (128, 64, 4, 2), 9.000 ms; in use (64, 64, 4, 3), 33.000 ms" in printed
+
+
+def exact_attention(inputs, mask):
+    """q, k and v as they are projected, in float64, and the attention that is made of them, gated."""
+    h, qkvo, ve, gate, lambdas, rotary = inputs
+    qkv = (h.double() @ qkvo.double().view(64, 16)[:48].t()).view(192, 3, 1, 16).requires_grad_()
+    turned = benchmark.mix_and_turn(
+        *qkv.unbind(1), ve.double(), *lambdas[2:].double(), rotary.cos.double(), rotary.sin.double()
+    )
+    out = train_gpt.flash_attention.definition(*turned, mask, rotary.scale.double())
+    return qkv, out * torch.sigmoid(gate.double())[:, :, None]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shapes are changed for the interpreter")
-def test_attention_launches(monkeypatch):
+@pytest.mark.parametrize("name, parts", [("forward", ()), ("query", (0,)), ("key", (1, 2))])
+def test_attention_launches(monkeypatch, name, parts):
     """Each launch is of its own window: what it writes is attention and its gradients there."""
-    for name, value in {"DEVICE": "cpu", "T": 192, "HEADS": 1, "HEAD_DIM": 16, "WINDOWS": (20, 150)}.items():
-        monkeypatch.setattr(benchmark, name, value)
+    small = {"DEVICE": "cpu", "T": 192, "HEADS": 1, "HEAD_DIM": 16, "WIDTH": 16, "WINDOWS": (20, 150)}
+    for constant, value in small.items():
+        monkeypatch.setattr(benchmark, constant, value)
     inputs = benchmark.attention_inputs()
     monkeypatch.setattr(benchmark, "attention_inputs", lambda: inputs)
-    for name in ("forward", "query", "key"):
-        for window, launch in zip(benchmark.WINDOWS, benchmark.attention_launches(name), strict=True):
-            launch()
-            others, own, *rest = launch.args[2:]
-            first, last = benchmark.document_bounds(window)
-            x, weight, value, lambdas, gate, cos, sin, scale = (t.double() for t in inputs)
-            qkv = (x @ weight.t()).view(192, 3, 1, 16).requires_grad_()
-            wanted = train_gpt.attention_reference(*train_gpt.heads_reference(qkv, value, *lambdas[2:], cos, sin), gate, first, scale)
-            if name == "forward":
-                pairs = [(own[1], wanted)]
-            else:
-                dout, dqkv, parts = (rest[2], rest[5], (0,)) if name == "query" else (others[1], rest[6], (1, 2))
-                wanted.backward(dout.double())
-                pairs = [(dqkv[:, part], qkv.grad[:, part]) for part in parts]
-            for found, exact in pairs:
-                assert (found.double() - exact).norm() < 3e-2 * exact.norm()
+    for window, launch in zip(benchmark.WINDOWS, benchmark.attention_launches(name), strict=True):
+        qkv, wanted = exact_attention(inputs, benchmark.document_mask(window))
+        result = launch()
+        if name == "forward":
+            pairs = [(result.out, wanted)]
+        else:
+            dout, _, _, dqkv, *_ = launch.args
+            wanted.backward(dout.double())
+            pairs = [(dqkv[:, part], qkv.grad[:, part]) for part in parts]
+        for found, exact in pairs:
+            assert (found.double() - exact).norm() < 3e-2 * exact.norm()
+
+
+def plain_attention(q, k, v, block_mask, scale):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shapes are changed for the interpreter")
 def test_every_row_runs(monkeypatch, capsys):
     """Each row's kernel and what stands beside it run once, here uncompiled, and are timed."""
-    small = {"DEVICE": "cpu", "T": 64, "HEADS": 2, "HEAD_DIM": 16, "WIDTH": 32, "CLASSES": 256, "WINDOWS": (20,), "ms": lambda call: (call(), 1.0)[1]}
+    small = {"DEVICE": "cpu", "T": 64, "HEADS": 2, "HEAD_DIM": 16, "WIDTH": 32, "VOCABULARY": 256}
+    small |= {"WINDOWS": (20,), "ms": lambda call: (call(), 1.0)[1]}
+    small |= {"create_block_mask": lambda *_, **__: None, "flex_attention": plain_attention}
     for name, value in small.items():
         monkeypatch.setattr(benchmark, name, value)
-    monkeypatch.setattr(benchmark, "create_block_mask", lambda *_, **__: None)
-    monkeypatch.setattr(benchmark, "flex_attention", lambda q, k, v, block_mask, scale: torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale))
-    monkeypatch.setattr(benchmark.Table, "__init__", lambda table: vars(table).update(flops=1e12, bandwidth=1e12))
+    ceilings = {"flops": 1e12, "bandwidth": 1e12}
+    monkeypatch.setattr(benchmark.Table, "__init__", lambda table: vars(table).update(ceilings))
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(train_gpt, "MLP_TILE", (32, 64, 64, 4, 2))
-    monkeypatch.setattr(train_gpt, "mix", train_gpt._Mix.apply)
     table = benchmark.Table()
-    for name in ("attention", "head", "mix", "mlp", "products"):
+    for name in ("attention", "head", "mix_norm", "mlp", "products"):
         getattr(benchmark, f"benchmark_{name}")(table)
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 15 and sum("W = 20" in row for row in rows) == 2
+    assert len(rows) == 17 and sum("W = 20" in row for row in rows) == 4
+    assert sum(row.startswith("flash_attention") for row in rows) == 2
+
+
+def test_main_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["benchmark.py"])
+    assert benchmark.main() == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Checkpoints: what goes on from one is what would have gone on without it, and no way to stop a save loses the last."""
+"""Checkpoints: a run goes on from one as it would have without it; no stopped save loses the last."""
 
 import os
 import re
@@ -11,10 +11,22 @@ import numpy as np
 import pytest
 import torch
 from shards import tiny_flags
+from test_data import thirds, varied
 from test_main import ENVIRONMENT, SCRIPT, TORCHRUN, refused, run, val_losses
 
 import train_gpt
-from train_gpt import Log, Saver, TrainLoader, Trainer, UsageError, ValLoader, World, attention_windows, parse_settings
+from train_gpt import (
+    Log,
+    Saver,
+    Trainer,
+    TrainLoader,
+    UsageError,
+    ValLoader,
+    World,
+    attention_windows,
+    parse_settings,
+    step_inputs,
+)
 
 
 def checkpoint(folder):
@@ -26,16 +38,22 @@ def train(trainer, loader, start, end):
     """As train_all, but for the log."""
     losses = []
     for step, batches in zip(range(start, end), loader.stream(start, end), strict=True):
-        windows = attention_windows(step, trainer.s)
-        if step and windows[1] != (old := attention_windows(step - 1, trainer.s)[1]):
-            trainer.model.rotary.extend(old, windows[1])
-        losses.append(trainer.train_step(step, batches, windows)[0].item())
+        trainer.begin_step(step)
+        losses.append(trainer.train_step(step, batches, step_inputs(step, trainer.s))[0].item())
     return losses
 
 
-@pytest.mark.parametrize("step", [7, 8, 12])
-def test_resume_is_bitwise(tmp_path, step):
-    """After an odd and an even number of steps, and where the window grows: losses and all state are those of the unbroken run."""
+ONE_SHAPE = train_gpt.step_shape
+PLACES = [(ONE_SHAPE, 7), (ONE_SHAPE, 8), (ONE_SHAPE, 12), (thirds, 7), (varied, 19)]
+
+
+@pytest.mark.parametrize("shape, step", PLACES)
+def test_resume_is_bitwise(tmp_path, monkeypatch, shape, step):
+    """After an odd and an even number of steps, where the window grows and where the shape changes.
+
+    Losses and all state are those of the unbroken run.
+    """
+    monkeypatch.setattr(train_gpt, "step_shape", shape)
     s, world = parse_settings(tiny_flags(tmp_path)), World()
     first, loader = Trainer(s, world), TrainLoader(s, world)
     assert attention_windows(11, s) != attention_windows(12, s)
@@ -62,14 +80,24 @@ def test_resumed_run(tmp_path):
     resumed = run([*flags, "--resume=latest"])
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed: step 14 of {path}" in resumed.stdout and "from launch to step 14" in resumed.stdout
-    assert val_losses(resumed.stdout) == val_losses(whole.stdout)[14:] and len(val_losses(resumed.stdout)) == 7
-    clock = [[int(ms) for ms in re.findall(r"^step:1[45]/20 train_time:(\d+)ms", text, re.M)] for text in (whole.stdout, resumed.stdout)]
+    rest = val_losses(resumed.stdout)
+    assert rest == val_losses(whole.stdout)[14:] and len(rest) == 7
+    clock = [
+        [int(ms) for ms in re.findall(r"^step:1[45]/20 train_time:(\d+)ms", text, re.M)]
+        for text in (whole.stdout, resumed.stdout)
+    ]
     assert clock[1][0] > clock[0][0] * 0.9  # the time of the first fourteen steps counts
 
 
 def test_resume_in_another_world(tmp_path):
     """Saved by three ranks after an odd step, gone on with by two; saved by one, gone on with by three."""
-    flags = [*tiny_flags(tmp_path), "--val_loss_every=1", "--train_batch_size=768", "--micro_batches=12", "--val_batch_size=768"]
+    flags = [
+        *tiny_flags(tmp_path),
+        "--val_loss_every=1",
+        "--train_batch_size=768",
+        "--micro_batches=12",
+        "--val_batch_size=768",
+    ]
     alone = run([*flags, "--save_every=15"])
     ours = val_losses(alone.stdout)
     assert len(ours) == 21, alone.stderr
@@ -96,7 +124,8 @@ def trained(tmp_path_factory):
 
 def test_saved_at_the_end(trained):
     folder, _, shown = trained
-    assert f"checkpoint: {checkpoint(folder)}" in shown and torch.load(checkpoint(folder), weights_only=True)["step"] == 9
+    assert f"checkpoint: {checkpoint(folder)}" in shown
+    assert torch.load(checkpoint(folder), weights_only=True)["step"] == 9
 
 
 def test_load_model(trained):
@@ -105,37 +134,91 @@ def test_load_model(trained):
     model = train_gpt.load_model(str(checkpoint(folder)))
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     start = train_gpt.Rotary(16, 8, torch.float32)
-    assert not torch.equal(model.rotary.frequencies, start.frequencies) and model.rotary.scale > start.scale  # the windows grew
-    assert torch.allclose(model.rotary.cos[5], (5 * model.rotary.frequencies).cos()) and torch.allclose(model.rotary.sin[5], (5 * model.rotary.frequencies).sin())
+    # The windows grew.
+    assert not torch.equal(model.rotary.frequencies, start.frequencies) and model.rotary.scale > start.scale
+    assert torch.allclose(model.rotary.cos[5], (5 * model.rotary.frequencies).cos())
+    assert torch.allclose(model.rotary.sin[5], (5 * model.rotary.frequencies).sin())
     s = parse_settings(flags)
     batches = list(ValLoader(s, World()).stream())
-    loss = np.mean([model(batch, model.windows).mean().item() for batch in batches])
+    loss = np.mean([model(batch, model.inputs).mean().item() for batch in batches])
     assert loss == pytest.approx(val_losses(shown)[-1], abs=1e-4)
     tokens = train_gpt.read_shard(str(folder / "val_0.bin"), s.vocab_size)[:50]
-    batch = train_gpt.document_batch(tokens, model.bos, model.lambdas.device)
-    logits = model.logits(batch, model.windows)
+    batch = train_gpt.document_batch(tokens, model.bos, model.embed.device)
+    logits = model.logits(batch, model.inputs)
     assert logits.shape == (49, 384) and logits.dtype == torch.float32
-    direct = torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens[1:].astype(np.int64)), reduction="none")
-    assert torch.allclose(direct, model(batch, model.windows), atol=1e-5)
+    direct = torch.nn.functional.cross_entropy(
+        logits, torch.from_numpy(tokens[1:].astype(np.int64)), reduction="none"
+    )
+    assert torch.allclose(direct, model(batch, model.inputs), atol=1e-5)
 
 
 def test_refused_checkpoints(trained, tmp_path):
     folder, flags, _ = trained
     path = checkpoint(folder)
-    refused(run([*flags, f"--resume={path}", "--muon_lr=0.5"]), str(path), "made with --muon_lr=0.03", "this run has 0.5")
+    refused(
+        run([*flags, f"--resume={path}", "--muon_lr=0.5"]),
+        str(path),
+        "made with --muon_lr=0.03",
+        "this run has 0.5",
+    )
     refused(run([*flags, f"--resume={tmp_path}/none.pt"]), "none.pt", "does not exist")
-    refused(run([*flags, "--resume=latest", f"--log_dir={tmp_path}/empty"]), "--resume=latest: no checkpoint in --log_dir=")
+    refused(
+        run([*flags, "--resume=latest", f"--log_dir={tmp_path}/empty"]),
+        "--resume=latest: no checkpoint in --log_dir=",
+    )
     (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:50_000])
     refused(run([*flags, f"--resume={tmp_path}/cut.pt"]), "cut.pt", "not a checkpoint")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(UsageError, match="not a checkpoint"):
         train_gpt.load_model(str(tmp_path / "other.pt"))
     state = torch.load(path, weights_only=True)
-    del state["tensors"]["head"]
+    del state["tensors"]["lm_head.weight"]
     torch.save(state, tmp_path / "older.pt")
-    refused(run([*flags, f"--resume={tmp_path}/older.pt"]), "older.pt: made by another version of this script ('head')")
+    refused(
+        run([*flags, f"--resume={tmp_path}/older.pt"]),
+        "older.pt: made by another version of this script ('lm_head.weight')",
+    )
     with pytest.raises(UsageError, match="made by another version"):
         train_gpt.load_model(str(tmp_path / "older.pt"))
+
+
+# Parameters as scripts before the banks named them.
+OLD_NAMES = [
+    ("embed", "embedding"),
+    ("value_embeds", "values"),
+    (r"blocks\.(\d+)\.qkvo", r"slots.\1.attention"),
+    (r"blocks\.(\d+)\.gate", r"slots.\1.gates"),
+    (r"blocks\.(\d+)\.c_fc", r"slots.\1.mlp_in"),
+    (r"blocks\.(\d+)\.c_proj", r"slots.\1.mlp_out"),
+    (r"lm_head\.weight", "head"),
+]
+
+
+def old_name(name):
+    """A tensor's name in an old checkpoint; moments and gradients end it as they do today."""
+    for pattern, old in OLD_NAMES:
+        name = re.sub(rf"^{pattern}(?=\.|$)", old, name)
+    return name
+
+
+def test_checkpoint_of_the_old_layout(trained, tmp_path):
+    """One line refuses it, whether its settings tell it apart or only its tensors do."""
+    folder, flags, _ = trained
+    state = torch.load(checkpoint(folder), weights_only=True)
+    tensors = {old_name(name): tensor for name, tensor in state["tensors"].items()}
+    assert {"embedding", "values.0", "slots.1.attention.0", "slots.1.mlp_in.0.first", "head"} <= set(tensors)
+    settings = dict(state["settings"])
+    settings["mlp_in_lr_mul"] = settings.pop("c_fc_lr_mul")
+    torch.save(state | {"tensors": tensors, "settings": settings}, tmp_path / "old.pt")
+    torch.save(state | {"tensors": tensors}, tmp_path / "renamed.pt")
+    refused(run([*flags, f"--resume={tmp_path}/old.pt"]), "old.pt: made ", "c_fc_lr_mul")
+    trainer = Trainer(parse_settings(flags), World())
+    with pytest.raises(UsageError, match="renamed.pt: made by another version of this script"):
+        train_gpt.resume(trainer, str(tmp_path / "renamed.pt"))
+    for name in ("old.pt", "renamed.pt"):
+        with pytest.raises(UsageError, match=f"{name}: made by another version of this script") as error:
+            train_gpt.load_model(str(tmp_path / name))
+        assert "\n" not in str(error.value)
 
 
 def test_resume_at_the_end_only_validates(trained):
@@ -177,13 +260,21 @@ def test_killed_while_saving(tmp_path):
     flags, seen = [*tiny_flags(tmp_path), "--save_every=4", "--warmup_steps=0", "--val_loss_every=0"], []
     for kill_at in range(1, 20):
         shutil.rmtree(tmp_path / "logs", ignore_errors=True)
-        done = subprocess.run([sys.executable, "-c", KILLED, *flags, str(kill_at)], cwd=SCRIPT.parent, capture_output=True, text=True, env=ENVIRONMENT)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, *flags, str(kill_at)],
+            cwd=SCRIPT.parent,
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+        )
         assert done.returncode in (7, 9), done.stderr
         s = parse_settings([*flags, "--resume=latest"])
         seen.append(train_gpt.read_checkpoint(train_gpt.find_checkpoint(s, World()))["step"])
         if done.returncode == 7:
             break
-    assert seen == [4, 4, 4, 4, 4, 8, 8, 8, 8]  # two boundaries each: save, sync, replace, sync of the folder; then none
+    assert seen == 5 * [4] + 4 * [
+        8
+    ]  # two boundaries each: save, sync, replace, sync of the folder; then none
 
 
 def test_sigterm_saves(tmp_path):
@@ -191,16 +282,24 @@ def test_sigterm_saves(tmp_path):
     flags = [*tiny_flags(tmp_path), "--model_dim=64", "--val_loss_every=20"]
     for ranks in (1, 2):
         command = [sys.executable] if ranks == 1 else [*TORCHRUN, "--nproc_per_node=2"]
-        child = subprocess.Popen([*command, str(SCRIPT), *flags, "--num_scheduled_iterations=44", "--save_every=1000"], stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)  # fmt: skip
+        child = subprocess.Popen(
+            [*command, str(SCRIPT), *flags, "--num_scheduled_iterations=44", "--save_every=1000"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
         for line in child.stdout:
             if line.startswith("step:3/"):
                 break
         child.send_signal(signal.SIGTERM)
         _, errors = child.communicate(timeout=60)
-        assert (child.returncode == 143) if ranks == 1 else child.returncode != 0, (ranks, child.returncode, errors)
-        found = re.search(r"train_gpt.py: stopped by SIGTERM after step (\d+); go on with --resume=(\S+\.pt)", errors)
-        assert found and 3 <= int(found[1]) < 40 and torch.load(found[2], weights_only=True)["step"] == int(found[1]), errors
+        code = child.returncode
+        assert (code == 143) if ranks == 1 else code != 0, (ranks, code, errors)
+        said = r"train_gpt.py: stopped by SIGTERM after step (\d+); go on with --resume=(\S+\.pt)"
+        found = re.search(said, errors)
+        assert found and 3 <= int(found[1]) < 40, errors
+        assert torch.load(found[2], weights_only=True)["step"] == int(found[1]), errors
         assert ranks > 1 or "Traceback" not in errors
         resumed = run([*flags, "--num_scheduled_iterations=44", "--resume=latest"])
         assert "step:46/46 val_loss" in resumed.stdout, resumed.stderr
@@ -208,18 +307,24 @@ def test_sigterm_saves(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_all_ranks_stop_after_the_same_step(tmp_path, size):
-    """One rank's wish is read at a time of the reader's own, so the step that follows from it must lie where all have read it."""
+    """Each rank reads one rank's wish at a time of its own; they stop once all have read it."""
     s = parse_settings(tiny_flags(tmp_path))
     with Log(s, World()) as log:
-        meter = train_gpt.Meter(log, 40, World(0, size), 0.0)
-        meter.start()
+        timer = train_gpt.Timer(log, 40, World(0, size), 0.0)
+        timer.start()
         for step in range(1, 20):
-            meter.step(step, torch.tensor([5.0, float(step >= 4)]))
-    assert meter.stop_after == (4 if size == 1 else 4 + meter.LAG)
+            timer.step(step, torch.tensor([5.0, float(step >= 4)]))
+    assert timer.stop_after == (4 if size == 1 else 4 + timer.LAG)
 
 
 def test_sigterm_without_checkpoints(tmp_path):
-    child = subprocess.Popen([sys.executable, str(SCRIPT), *tiny_flags(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    child = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *tiny_flags(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     for line in child.stdout:
         if line.startswith("step:1/"):
             break
@@ -238,7 +343,13 @@ sys.exit(train_gpt.main())
 
 def limited(flags, limit):
     """A run that cannot write files beyond a size, as on a disk that fills up."""
-    return subprocess.run([sys.executable, "-c", LIMITED, *flags, str(limit)], cwd=SCRIPT.parent, capture_output=True, text=True, env=ENVIRONMENT)
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, *flags, str(limit)],
+        cwd=SCRIPT.parent,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
 
 
 def test_disk_full(tmp_path, trained):
@@ -257,10 +368,18 @@ def test_disk_full(tmp_path, trained):
 def test_two_runs_in_one_folder(tmp_path):
     """At the same time: each has its own log and checkpoint."""
     flags = [*tiny_flags(tmp_path), "--save_every=5"]
-    children = [subprocess.Popen([sys.executable, str(SCRIPT), *flags, f"--seed={seed}"], stdout=subprocess.DEVNULL, env=ENVIRONMENT) for seed in (1, 2)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *flags, f"--seed={seed}"],
+            stdout=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+        )
+        for seed in (1, 2)
+    ]
     assert [child.wait(timeout=120) for child in children] == [0, 0]
     logs = sorted((tmp_path / "logs").glob("*.txt"))
-    assert len(logs) == 2 and sorted(path.with_suffix(".txt") for path in (tmp_path / "logs").glob("*.pt")) == logs
+    checkpoints = sorted((tmp_path / "logs").glob("*.pt"))
+    assert len(logs) == 2 and [path.with_suffix(".txt") for path in checkpoints] == logs
     for log in logs:
         seed = int(re.search(r"^seed=(\d)$", log.read_text(), re.M)[1])
         assert torch.load(log.with_suffix(".pt"), weights_only=True)["settings"]["seed"] == seed

@@ -1,5 +1,6 @@
 """The loader against a document-by-document reading of its rule, and what it refuses."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -9,39 +10,76 @@ import torch
 from shards import documents, write_shard
 
 import train_gpt
-from train_gpt import TrainLoader, UsageError, ValLoader, World, parse_settings
+from train_gpt import StepShape, TrainLoader, UsageError, ValLoader, World, parse_settings
 
 
 def flags(folder, *more):
-    return parse_settings([
-        f"--train_files={folder}/train_*.bin", f"--val_files={folder}/val_*.bin", "--vocab_size=257", "--train_batch_size=400",
-        "--micro_batches=4", "--train_max_seq_len=30", "--num_scheduled_iterations=5", "--num_extension_iterations=0", *more,
-    ])  # fmt: skip
+    return parse_settings(
+        [
+            f"--train_files={folder}/train_*.bin",
+            f"--val_files={folder}/val_*.bin",
+            "--vocab_size=257",
+            "--train_batch_size=400",
+            "--micro_batches=4",
+            "--train_max_seq_len=30",
+            "--num_scheduled_iterations=5",
+            "--num_extension_iterations=0",
+            *more,
+        ]
+    )
+
+
+def thirds(step, s):
+    """2, 4 and 6 micro-batches by thirds of the run."""
+    micro_batches = (2, 4, 6)[min(2, 3 * step // s.total_steps)]
+    return StepShape(micro_batches, s.train_batch_size // s.micro_batches, s.train_max_seq_len)
+
+
+def varied(step, s):
+    """Other micro-batches and longest documents in the middle of the run, and a smaller step at the end."""
+    whole = StepShape(s.micro_batches, s.train_batch_size // s.micro_batches, s.train_max_seq_len)
+    if step < s.total_steps // 4 or step >= s.total_steps:
+        return whole
+    if step < s.total_steps // 2:
+        return whole._replace(micro_batch_tokens=whole.micro_batch_tokens * 3 // 2, max_seq_len=20)
+    if step < s.total_steps - 1:
+        return whole._replace(max_seq_len=whole.max_seq_len * 2)
+    return whole._replace(micro_batches=2, micro_batch_tokens=whole.micro_batch_tokens // 2)
 
 
 def plain_steps(shards, s):
     """Steps as lists of (inputs, targets, segment number of each input), one document at a time."""
+    done = 0
     for tokens in shards:
         starts = [i for i, token in enumerate(tokens) if token == s.bos]
         found = [tokens[a:b] for a, b in zip(starts, starts[1:] + [len(tokens)], strict=True)]
         step, at = [], 0
         while True:
+            shape = train_gpt.step_shape(done, s)
+            room = shape.micro_batch_tokens + 1
             text, segments, number = [], [], 0
-            while len(text) < s.train_tokens + 1 and at < len(found):
-                piece = list(found[at][: min(s.train_max_seq_len, s.train_tokens + 1 - len(text))])
-                text, segments, number, at = text + piece, segments + [number] * len(piece), number + 1, at + 1
-            if len(text) < s.train_tokens + 1:
+            while len(text) < room and at < len(found):
+                piece = list(found[at][: min(shape.max_seq_len, room - len(text))])
+                text += piece
+                segments += [number] * len(piece)
+                number += 1
+                at += 1
+            if len(text) < room:
                 break
             step.append((text[:-1], text[1:], segments[:-1]))
-            if len(step) == s.micro_batches:
+            if len(step) == shape.micro_batches:
                 yield step
+                done += 1
                 step = []
 
 
 def segments_of(batch):
     """Segment numbers by the batch's bounds, which must agree with each other."""
-    first, last = batch.first.tolist(), batch.last.tolist()
-    assert all(first[last[i]] == first[i] and last[first[i]] == last[i] and first[i] <= i <= last[i] for i in range(len(first)))
+    first, last = batch.doc_start.tolist(), batch.doc_end.tolist()
+    assert all(
+        first[last[i]] == first[i] and last[first[i]] == last[i] and first[i] <= i <= last[i]
+        for i in range(len(first))
+    )
     return np.unique(first, return_inverse=True)[1].tolist()
 
 
@@ -54,41 +92,66 @@ def shards(tmp_path):
     return made
 
 
-def test_stream_follows_the_rule(tmp_path, shards):
-    s = flags(tmp_path)
+def planned_steps(loader):
+    """How many steps the shards feed."""
+    return next(step for step in itertools.count() if loader.data.planned(step) is None)
+
+
+@pytest.mark.parametrize("shape", [train_gpt.step_shape, thirds, varied])
+def test_stream_follows_the_rule(tmp_path, shards, monkeypatch, shape):
+    monkeypatch.setattr(train_gpt, "step_shape", shape)
+    s = flags(tmp_path, "--num_scheduled_iterations=8")
     wanted = list(plain_steps(shards, s))
     loader = TrainLoader(s, World())
-    assert len(wanted) == sum(loader._steps(i) for i in range(3)) > 6
+    assert len(wanted) == planned_steps(loader) >= s.total_steps
+    assert {loader.data.planned(step).shard for step in range(len(wanted))} == {0, 1, 2}
     for step, batches in enumerate(loader.stream(0, len(wanted))):
-        assert len(batches) == 4
+        assert len(batches) == shape(step, s).micro_batches
         for batch, (inputs, targets, segments) in zip(batches, wanted[step], strict=True):
             assert batch.inputs.tolist() == inputs and batch.targets.tolist() == targets
             assert segments_of(batch) == segments
 
 
-def test_stream_is_the_same_for_any_world(tmp_path, shards):
+@pytest.mark.parametrize("shape, sizes", [(train_gpt.step_shape, (2, 4)), (thirds, (2,)), (varied, (2,))])
+def test_stream_is_the_same_for_any_world(tmp_path, shards, monkeypatch, shape, sizes):
+    monkeypatch.setattr(train_gpt, "step_shape", shape)
     s = flags(tmp_path)
     alone = list(TrainLoader(s, World()).stream(0, 5))
-    for size in (2, 4):
+    for size in sizes:
         ranks = [list(TrainLoader(s, World(rank, size)).stream(0, 5)) for rank in range(size)]
         for step in range(5):
             dealt = [batch.inputs for rank in ranks for batch in rank[step]]
             assert torch.equal(torch.stack(dealt), torch.stack([batch.inputs for batch in alone[step]]))
 
 
-def test_stream_starts_anywhere(tmp_path, shards):
-    loader = TrainLoader(flags(tmp_path), World())
+@pytest.mark.parametrize("shape", [train_gpt.step_shape, thirds, varied])
+def test_stream_starts_anywhere(tmp_path, shards, monkeypatch, shape):
+    """Also in a loader that has read nothing before, and in one that goes back, as after warm-up."""
+    monkeypatch.setattr(train_gpt, "step_shape", shape)
+    s = flags(tmp_path)
+    loader = TrainLoader(s, World())
     whole = list(loader.stream(0, 5))
     later = list(loader.stream(3, 5))
-    assert all(torch.equal(a.inputs, b.inputs) for x, y in zip(whole[3:], later, strict=True) for a, b in zip(x, y, strict=True))
+    assert same(list(loader.stream(0, 5)), whole)
+    assert same(later, whole[3:]) and same(list(TrainLoader(s, World()).stream(3, 5)), whole[3:])
+
+
+def same(steps, others):
+    """Whether two lists of steps have equal batches."""
+    assert [len(step) for step in steps] == [len(step) for step in others]
+    pairs = zip(itertools.chain(*steps), itertools.chain(*others), strict=True)
+    return all(torch.equal(a, b) for batch, other in pairs for a, b in zip(batch, other, strict=True))
 
 
 def test_last_piece_of_one_token(tmp_path):
     """A document that fills only the last target gives its BOS there, and its tail is dropped."""
-    write_shard(tmp_path / "train_0.bin", np.concatenate([[256] + [1] * 9, [256] + [2] * 9, [256] + [3] * 9, [256] + [4] * 19]))
+    write_shard(
+        tmp_path / "train_0.bin",
+        np.concatenate([[256] + [1] * 9, [256] + [2] * 9, [256] + [3] * 9, [256] + [4] * 19]),
+    )
     s = flags(tmp_path, "--train_batch_size=20", "--micro_batches=1", "--num_scheduled_iterations=1")
     (batches,) = TrainLoader(s, World()).stream(0, 1)
-    assert batches[0].targets[-1] == 256 and batches[0].last[-1] == 19
+    assert batches[0].targets[-1] == 256 and batches[0].doc_end[-1] == 19
 
 
 def test_validation_goes_straight_through(tmp_path):
@@ -118,12 +181,18 @@ def test_bad_header(tmp_path, says):
     path = write_shard(tmp_path / "train_0.bin", [256] * 400, **BAD_SHARDS[says])
     with pytest.raises(UsageError) as error:
         TrainLoader(flags(tmp_path), World()).check()
-    assert path in str(error.value) and says in str(error.value) and "cached_fineweb10B.py" in str(error.value)
+    assert (
+        path in str(error.value) and says in str(error.value) and "cached_fineweb10B.py" in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(
     "tokens, says",
-    [([256, 300] * 200, "token 300 is beyond the vocabulary"), ([1, 2] * 200, "holds no BOS token 256"), ([256] * 900, "feeds 2 steps of the 5")],
+    [
+        ([256, 300] * 200, "token 300 is beyond the vocabulary"),
+        ([1, 2] * 200, "holds no BOS token 256"),
+        ([256] * 900, "feeds 2 steps of the 5"),
+    ],
 )
 def test_bad_training_tokens(tmp_path, tokens, says):
     write_shard(tmp_path / "train_0.bin", tokens)
@@ -152,7 +221,9 @@ def test_no_shard(tmp_path):
 
 def test_validation_too_short(tmp_path):
     write_shard(tmp_path / "val_0.bin", [256] * 400)
-    with pytest.raises(UsageError, match="holds 400 tokens, but validation needs --val_tokens=400 and one more"):
+    with pytest.raises(
+        UsageError, match="holds 400 tokens, but validation needs --val_tokens=400 and one more"
+    ):
         ValLoader(flags(tmp_path, "--val_tokens=400", "--val_batch_size=400"), World())
 
 
@@ -162,9 +233,17 @@ def test_shared_corpus_feeds_210_steps(tmp_path):
     if not corpus.is_dir():
         pytest.skip("the shared corpus is not beside this checkout")
     for i in (1, 2, 3):
-        assert os.system(f"xz -dc -T0 {corpus}/classics_train_00000{i}.bin.xz > {tmp_path}/train_{i}.bin") == 0
-    s = parse_settings([f"--train_files={tmp_path}/train_*.bin", "--num_scheduled_iterations=210", "--num_extension_iterations=0"])
+        assert (
+            os.system(f"xz -dc -T0 {corpus}/classics_train_00000{i}.bin.xz > {tmp_path}/train_{i}.bin") == 0
+        )
+    s = parse_settings(
+        [
+            f"--train_files={tmp_path}/train_*.bin",
+            "--num_scheduled_iterations=210",
+            "--num_extension_iterations=0",
+        ]
+    )
     loader = TrainLoader(s, World())
-    assert sum(loader._steps(i) for i in range(3)) == 210
+    assert planned_steps(loader) == 210
     loader.check()
     assert train_gpt.MAGIC == 20240520

@@ -1,6 +1,8 @@
-"""Whole runs, as users start them: the log, warm-up and rewind, several processes, and every way to stop early."""
+"""Whole runs, as users start them: the log, warm-up and rewind, changed scripts, every way to stop early."""
 
 import gzip
+import importlib.util
+import inspect
 import json
 import os
 import pty
@@ -16,17 +18,47 @@ from pathlib import Path
 import pytest
 import torch
 from shards import documents, tiny_flags, write_shard
+from test_data import thirds, varied
 
 import train_gpt
+from train_gpt import StepInputs, Trainer, TrainLoader, UsageError, ValLoader, World, parse_settings
 
 SCRIPT = Path(train_gpt.__file__)
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def run(flags, ranks=1):
+def run(flags, ranks=1, script=SCRIPT):
     command = [sys.executable] if ranks == 1 else [*TORCHRUN, f"--nproc_per_node={ranks}"]
-    return subprocess.run([*command, str(SCRIPT), *flags], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    return subprocess.run(
+        [*command, str(script), *flags], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
+
+
+def changed(folder, code):
+    """A copy of the script that ends in this code, which replaces what it defines by its name."""
+    start = '\n\nif __name__ == "__main__":'
+    source, end = SCRIPT.read_text().split(start)
+    path = folder / "train_gpt.py"
+    path.write_text(f"{source}\n\n{inspect.cleandoc(code)}\n{start}{end}")
+    return path
+
+
+def shaped(shape):
+    """Code for `changed`: the steps have the shapes of this function."""
+    return f"{inspect.getsource(shape)}\n\nstep_shape = {shape.__name__}"
+
+
+def loaded(path):
+    """A changed script as a module."""
+    spec = importlib.util.spec_from_file_location("changed_train_gpt", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def val_losses(text):
@@ -47,42 +79,104 @@ def test_log(tmp_path):
     text = path.read_text()
     source, head, body = text.split("\n" + "=" * 100 + "\n")
     assert source.rstrip() == SCRIPT.read_text().rstrip()
-    for part in ("Python 3.", "PyTorch 2.", "Triton 3.", "1 x CPU process", "head: float32", "seed=1337", "layer 11: window=long value=ve2 attention=1 mlp=1"):
+    for part in (
+        "Python 3.",
+        "PyTorch 2.",
+        "Triton 3.",
+        "1 x CPU process",
+        "head: float32",
+        "seed=1337",
+        "layer 11: window=long value=ve2 attention=1 mlp=1",
+    ):
         assert part in head
-    assert re.search(r"^start: [\d.]+ s from launch to step 0 \(import [\d.]+, build [\d.]+, warm-up [\d.]+, calibration [0-2]\.\d\)$", head, re.M)
-    assert re.search(r"^calibration rank 0: float32_gemm=[\d.]+TFLOP/s copy=[\d.]+GB/s launch=[\d.]+us$", head, re.M)
+    assert re.search(
+        r"^start: [\d.]+ s from launch to step 0"
+        r" \(import [\d.]+, build [\d.]+, warm-up [\d.]+, calibration [0-2]\.\d\)$",
+        head,
+        re.M,
+    )
+    assert re.search(
+        r"^calibration rank 0: float32_gemm=[\d.]+TFLOP/s copy=[\d.]+GB/s launch=[\d.]+us$", head, re.M
+    )
     assert f"\narguments: {shlex.join(tiny_flags(tmp_path))}\n" in head
     steps = [line for line in body.splitlines() if line.startswith("step:")]
     numbers = [int(re.match(r"step:(\d+)/20 ", line)[1]) for line in steps]
-    assert numbers == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15, 15, 16, 17, 18, 19, 20, 20]
+    assert numbers == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        10,
+        11,
+        12,
+        13,
+        14,
+        15,
+        15,
+        16,
+        17,
+        18,
+        19,
+        20,
+        20,
+    ]
     val = [line for line in steps if "val_loss" in line]
-    assert len(val) == 5 and all(re.fullmatch(r"step:\d+/20 val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms", line) for line in val)
+    assert len(val) == 5 and all(
+        re.fullmatch(r"step:\d+/20 val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms", line)
+        for line in val
+    )
     train = [line for line in steps if "val_loss" not in line]
-    assert len(train) == 20 and all(re.fullmatch(r"step:\d+/20 train_time:\d+ms step_avg:\d+\.\d\dms", line) for line in train)
+    assert len(train) == 20 and all(
+        re.fullmatch(r"step:\d+/20 train_time:\d+ms step_avg:\d+\.\d\dms", line) for line in train
+    )
     times = [int(re.search(r"train_time:(\d+)ms", line)[1]) for line in steps]
     assert times == sorted(times) and times[-1] > 0
     report = body.splitlines()[-14:]
-    assert 50 < int(re.fullmatch(r"peak memory allocated: (\d+) MiB reserved: \d+ MiB", report[0])[1]) < 10_000
-    assert report[1] == "layer 0: a=1.1000 b=0.0000 l0=0.5000 l1=0.5000" and report[12].startswith("layer 11: a=")
+    assert (
+        50 < int(re.fullmatch(r"peak memory allocated: (\d+) MiB reserved: \d+ MiB", report[0])[1]) < 10_000
+    )
+    assert report[1] == "layer 0: a=1.1000 b=0.0000 l0=0.5000 l1=0.5000" and report[12].startswith(
+        "layer 11: a="
+    )
     assert val_losses(body)[0] == 5.9506 and val_losses(body)[-1] < 5.9
     assert set(steps) <= set(done.stdout.splitlines())  # in a pipe the console shows the same lines
 
 
 def test_learns_and_repeats(tmp_path):
-    """Two runs are equal to the last digit, and a run without warm-up is equal to both: the rewind is exact."""
+    """Two runs are equal to the last digit, and so is a run without warm-up: the rewind is exact."""
     flags = [*tiny_flags(tmp_path), "--val_loss_every=1"]
-    losses = [val_losses(run([*flags, *more]).stdout) for more in ([], [], ["--warmup_steps=0"], ["--warmup_steps=3"])]
+    losses = [
+        val_losses(run([*flags, *more]).stdout)
+        for more in ([], [], ["--warmup_steps=0"], ["--warmup_steps=3"])
+    ]
     assert len(losses[0]) == 21 and losses[0] == losses[1] == losses[2] == losses[3]
 
 
-def test_rewind_is_bitwise(tmp_path):
+@pytest.mark.parametrize("shape", [train_gpt.step_shape, thirds, varied])
+def test_rewind_is_bitwise(tmp_path, monkeypatch, shape):
     """Parameters, optimizer state, rotary tables and gradients after warm-up are those before it."""
-    s, world = train_gpt.parse_settings([*tiny_flags(tmp_path), "--warmup_steps=3"]), train_gpt.World()
-    trainer = train_gpt.Trainer(s, world)
-    optimizers = [t for stack, moments in trainer.owned for t in (stack.own, stack.grad, *moments)]
-    state = [*trainer.model.state_dict().values(), *optimizers]
+    monkeypatch.setattr(train_gpt, "step_shape", shape)
+    s, world = parse_settings([*tiny_flags(tmp_path), "--warmup_steps=3"]), World()
+    trainer = Trainer(s, world)
+    state = [*trainer.model.state_dict().values()]
+    for bank in trainer.banks:
+        state += [bank.param, bank.master, bank.grad, *bank.moments]
     before = [t.clone() for t in state]
-    trainer.warm_up(train_gpt.TrainLoader(s, world), train_gpt.ValLoader(s, world))
+    seen = []
+    train_step = trainer.train_step
+    monkeypatch.setattr(
+        trainer, "train_step", lambda step, *rest: seen.append(step) or train_step(step, *rest)
+    )
+    trainer.warm_up(TrainLoader(s, world), ValLoader(s, world))
+    assert {shape(step, s) for step in seen} == {shape(step, s) for step in range(s.total_steps)}
     assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
 
 
@@ -90,37 +184,58 @@ def test_step_returns_the_mean_loss(tmp_path):
     s, world = train_gpt.parse_settings(tiny_flags(tmp_path)), train_gpt.World()
     trainer, loader = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world)
     (batches,) = loader.stream(0, 1)
-    loss, stops = trainer.train_step(0, batches, (128, 384)).tolist()
+    loss, stops = trainer.train_step(0, batches, StepInputs(128, 384)).tolist()
     assert loss == pytest.approx(5.950643, abs=1e-5) and stops == 0  # ln 384
 
 
 def test_steps_return_their_own_loss(tmp_path):
     """Each step's is that of its parameters, batches and windows, and of nothing before."""
+    windows = (StepInputs(2, 3), StepInputs(128, 384), StepInputs(3, 2))
     s, world = train_gpt.parse_settings(tiny_flags(tmp_path)), train_gpt.World()
     trainer, loader = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world)
     torch.manual_seed(0)
     with torch.no_grad():
-        for p in (trainer.model.head, *trainer.model.slots.parameters()):
+        for p in (trainer.model.lm_head.weight, *trainer.model.blocks.parameters()):
             p.add_(0.2 * torch.randn_like(p))
-    for step, (batches, windows) in enumerate(zip(loader.stream(0, 3), ((2, 3), (128, 384), (3, 2)), strict=True)):
+    for step, (batches, inputs) in enumerate(zip(loader.stream(0, 3), windows, strict=True)):
         with torch.no_grad():
-            wanted, other = (torch.cat([trainer.model(batch, w) for batch in batches]).mean().item() for w in (windows, (5, 8)))
+            wanted, other = (
+                torch.cat([trainer.model(batch, w) for batch in batches]).mean().item()
+                for w in (inputs, StepInputs(5, 8))
+            )
         assert abs(wanted - other) > 1e-3
-        assert trainer.train_step(step, batches, windows)[0].item() == pytest.approx(wanted, abs=1e-5)
+        assert trainer.train_step(step, batches, inputs)[0].item() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [thirds, varied])
+def test_steps_of_any_shape_return_their_mean_loss(tmp_path, monkeypatch, shape):
+    """A new model's is ln 384, whatever a step's tokens."""
+    monkeypatch.setattr(train_gpt, "step_shape", shape)
+    s, world = parse_settings(tiny_flags(tmp_path)), World()
+    trainer, loader = Trainer(s, world), TrainLoader(s, world)
+    monkeypatch.setattr(trainer.normuon, "step", lambda *_: None)
+    monkeypatch.setattr(trainer.adam, "step", lambda *_: None)
+    for step, batches in enumerate(loader.stream(0, s.total_steps)):
+        trainer.begin_step(step)
+        loss = trainer.train_step(step, batches, train_gpt.step_inputs(step, s))[0].item()
+        assert loss == pytest.approx(5.950643, abs=1e-5)
 
 
 def test_validation_of_any_length(tmp_path):
     """A last micro-batch that is shorter counts by its tokens."""
-    s, world = train_gpt.parse_settings([*tiny_flags(tmp_path), "--val_tokens=500", "--micro_batches=6", "--train_batch_size=480"]), train_gpt.World()
+    flags = [*tiny_flags(tmp_path), "--val_tokens=500", "--micro_batches=6", "--train_batch_size=480"]
+    s, world, inputs = parse_settings(flags), World(), StepInputs(128, 384)
     trainer, val = train_gpt.Trainer(s, world), train_gpt.ValLoader(s, world)
-    torch.nn.init.normal_(trainer.model.head, std=0.5)
+    torch.nn.init.normal_(trainer.model.lm_head.weight, std=0.5)
     batches = list(val.stream())
     assert [len(batch.inputs) for batch in batches] == [85, 85, 85, 85, 85, 75]
-    assert torch.equal(torch.cat([batch.targets for batch in batches]), torch.from_numpy(val.tokens[1:501].astype("int32")))
+    wanted = torch.from_numpy(val.data.tokens[1:501].astype("int32"))
+    assert torch.equal(torch.cat([batch.targets for batch in batches]), wanted)
     trainer.model.eval()
     with torch.no_grad():
-        every = torch.cat([trainer.model(batch, (128, 384)) for batch in batches])
-    assert trainer.validate(iter(batches), (128, 384)) == pytest.approx(every.double().mean().item(), rel=1e-6)
+        every = torch.cat([trainer.model(batch, inputs) for batch in batches])
+    loss = trainer.validate(iter(batches), inputs)
+    assert loss == pytest.approx(every.double().mean().item(), rel=1e-6)
     empty = train_gpt.ValLoader(s, train_gpt.World(rank=6, size=7))
     assert not list(empty.stream())  # a rank may have none
 
@@ -128,14 +243,27 @@ def test_validation_of_any_length(tmp_path):
 def test_adam_steps_on_odd_steps_and_counts_its_own(tmp_path, monkeypatch):
     s, world = train_gpt.parse_settings(tiny_flags(tmp_path)), train_gpt.World()
     trainer, loader, calls = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world), []
-    monkeypatch.setattr(trainer.adam, "step", lambda scale, t: calls.append((step, t)))
+    monkeypatch.setattr(trainer.adam, "step", lambda scale, t, count: calls.append((step, t, count)))
     for step, batches in enumerate(loader.stream(0, 6)):
-        trainer.train_step(step, batches, (128, 384))
-    assert calls == [(1, 1), (3, 2), (5, 3)]
+        trainer.train_step(step, batches, StepInputs(128, 384))
+    assert calls == [(1, 1, 8), (3, 2, 8), (5, 3, 8)]
+
+
+def test_optimizers_count_the_micro_batches_of_their_steps(tmp_path, monkeypatch):
+    """NorMuon those of a step; Adam the mean of its two steps', since it has the gradients of both."""
+    monkeypatch.setattr(train_gpt, "step_shape", thirds)
+    s, world = parse_settings(tiny_flags(tmp_path)), World()
+    trainer, loader, normuon, adam = Trainer(s, world), TrainLoader(s, world), [], []
+    monkeypatch.setattr(trainer.normuon, "step", lambda lr, momentum, count: normuon.append(count))
+    monkeypatch.setattr(trainer.adam, "step", lambda scale, t, count: adam.append(count))
+    for step, batches in enumerate(loader.stream(0, s.total_steps)):
+        trainer.train_step(step, batches, train_gpt.step_inputs(step, s))
+    assert normuon == [2] * 7 + [4] * 7 + [6] * 6
+    assert adam == [2] * 3 + [3] + [4] * 3 + [6] * 3
 
 
 def test_profile(tmp_path):
-    """A trace beside the log and, in the log, time by part and by operator; the losses are those of a run without it."""
+    """A trace beside the log and, in the log, a line; the losses are those of a run without it."""
     flags = [*tiny_flags(tmp_path), "--num_scheduled_iterations=5", "--micro_batches=2"]
     done = run([*flags, "--profile=2:4"])
     assert done.returncode == 0, done.stderr
@@ -143,26 +271,20 @@ def test_profile(tmp_path):
     trace = json.loads(gzip.decompress(log.with_suffix(".trace.json.gz").read_bytes()))
     assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
     text = log.read_text()
-    assert f"profile: steps 2 to 3, trace {log.with_suffix('.trace.json.gz')}" in text
-    assert re.search(r"^profile: products [\d.]+ ms a step$", text, re.M) and re.search(r"^profile: +[\d.]+ ms +\d+\.\d calls a step  aten::mm$", text, re.M)
+    (line,) = re.findall(r"^profile:.*", text, re.M)
+    trace_file = log.with_suffix(".trace.json.gz")
+    assert line == (f"profile: steps 2 to 3, trace {trace_file}; read it with: ./run.sh record profile {log}")
     assert val_losses(text.split("=" * 100)[-1]) == val_losses(run(flags).stdout)
 
 
-def test_parts_of_a_profile():
-    """Names as a profile on an H200 and one on a CPU showed them."""
-    names = {"_attention_key_kernel": "attention", "triton_per_fused_attention_backward_mul_sigmoid_2": "fused by the compiler", "_loss_kernel": "loss",
-             "nvjet_sm90_qqtst_192x192_128x4_2x1_v_bz_coopB_TNN": "products", "aten::baddbmm": "products", "Memcpy DtoD (Device -> Device)": "copies",
-             "_scatter_add_kernel": "embeddings", "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL": "communication", "aten::pow": "other",
-             "aten::_scaled_dot_product_flash_attention_for_cpu": "attention"}  # fmt: skip
-    assert {name: train_gpt.part_of(name) for name in names} == names
-
-
-def test_covered():
-    assert train_gpt.covered([]) == 0 and train_gpt.covered([(3, 5), (0, 2), (1, 2.5), (4, 4.5)]) == 4.5
-
-
 def test_import_runs_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", "import train_gpt"], cwd=SCRIPT.parent, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-c", "import train_gpt"],
+        cwd=SCRIPT.parent,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -182,7 +304,12 @@ def test_wrong_type():
 
 
 def test_no_shards(tmp_path):
-    refused(run([f"--train_files={tmp_path}/none_*.bin"]), "--train_files", "matches no file", "cached_fineweb10B.py")
+    refused(
+        run([f"--train_files={tmp_path}/none_*.bin"]),
+        "--train_files",
+        "matches no file",
+        "cached_fineweb10B.py",
+    )
 
 
 def test_bad_shard(tmp_path):
@@ -192,7 +319,12 @@ def test_bad_shard(tmp_path):
 
 
 def test_too_few_tokens(tmp_path):
-    refused(run([*tiny_flags(tmp_path), "--num_scheduled_iterations=3000"]), "feeds", "steps of the 3002", "cached_fineweb10B.py N")
+    refused(
+        run([*tiny_flags(tmp_path), "--num_scheduled_iterations=3000"]),
+        "feeds",
+        "steps of the 3002",
+        "cached_fineweb10B.py N",
+    )
 
 
 def test_validation_too_short(tmp_path):
@@ -201,12 +333,166 @@ def test_validation_too_short(tmp_path):
 
 def test_log_folder(tmp_path):
     (tmp_path / "file").touch()
-    refused(run([*tiny_flags(tmp_path), f"--log_dir={tmp_path}/file/logs"]), "--log_dir=", "cannot be written")
+    refused(
+        run([*tiny_flags(tmp_path), f"--log_dir={tmp_path}/file/logs"]), "--log_dir=", "cannot be written"
+    )
 
 
 def test_world_does_not_divide_the_micro_batches(tmp_path):
     done = run([*tiny_flags(tmp_path), "--micro_batches=1"], ranks=2)
-    assert done.returncode != 0 and done.stderr.count("train_gpt.py: --micro_batches=1 cannot be dealt to 2 processes") == 1
+    said = done.stderr.count("train_gpt.py: --micro_batches=1 cannot be dealt to 2 processes")
+    assert done.returncode != 0 and said == 1
+
+
+def test_world_does_not_divide_a_later_shape(monkeypatch):
+    """Before any process waits for another, in one line, though the first steps could be dealt."""
+    monkeypatch.setattr(train_gpt, "step_shape", thirds)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    s = parse_settings(["--preset=sample"])
+    with pytest.raises(UsageError) as error:
+        train_gpt.connect(s)
+    assert str(error.value) in [
+        f"--micro_batches={count} cannot be dealt to 4 processes; give a multiple of 4" for count in (2, 6)
+    ]
+    monkeypatch.setattr(train_gpt, "step_shape", lambda step, s: thirds(step, s)._replace(micro_batches=4))
+    monkeypatch.setattr(train_gpt.dist, "init_process_group", lambda *_, **more: None)
+    assert train_gpt.connect(s).size == 4
+    odd = train_gpt.StepShape(5, 512, 512)
+    monkeypatch.setattr(
+        train_gpt, "step_shape", lambda step, s: odd if step == s.total_steps - 1 else thirds(0, s)
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--micro_batches=5 cannot be dealt to 2 processes"):
+        train_gpt.connect(s)
+
+
+PLAIN_PARAMETER = """
+    class Changed(GPT):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.extra_scale = nn.Parameter(torch.ones(3))
+
+
+    GPT = Changed
+"""
+
+
+def test_parameter_without_an_optimizer(tmp_path):
+    """One that a speedrunner adds as a plain nn.Parameter is not left untrained in silence."""
+    path = changed(tmp_path, PLAIN_PARAMETER)
+    done = run(tiny_flags(tmp_path), script=path)
+    refused(done, "the model's parameter extra_scale is trained by no optimizer", "trained(value,")
+    assert only_log(tmp_path).read_text().splitlines()[-1].startswith("stopped: the model's parameter extra")
+
+
+@pytest.mark.parametrize(
+    "add, says",
+    [
+        (lambda: torch.nn.Parameter(torch.zeros(3)), "is trained by no optimizer"),
+        (lambda: train_gpt.trained(torch.zeros(3), "muon"), "is trained by no optimizer"),
+        (lambda: train_gpt.trained(torch.zeros(3), "normuon"), "is no matrix"),
+        (lambda: train_gpt.trained(torch.zeros(2, 3, 4), "normuon"), "is no matrix"),
+    ],
+)
+def test_registration(add, says):
+    """Wherever in the model it is, a parameter that cannot be trained is named."""
+    s = parse_settings(["--preset=sample", "--model_dim=16"])
+    model = train_gpt.GPT(s, 64)
+    train_gpt.check_registration(model)
+    model.blocks[3].extra = torch.nn.ParameterList([add()])
+    with pytest.raises(UsageError, match=f"the model's parameter blocks.3.extra.0 {says}") as error:
+        train_gpt.check_registration(model)
+    assert "\n" not in str(error.value)
+
+
+MORE_PARAMETERS = """
+    class Changed(GPT):
+        def __init__(self, s, *arguments):
+            super().__init__(s, *arguments)
+            self.mixer = trained(torch.zeros(5, s.model_dim), "normuon")
+            self.mixer_out = trained(torch.ones(s.model_dim, 5) / 5, "normuon", lr_mul=0.5)
+            self.share = trained(torch.tensor(0.5), "adam", s.scalar_lr_mul)
+
+        def trunk(self, batch, inputs):
+            h = super().trunk(batch, inputs)
+            return h + self.share * F.linear(F.linear(h, self.mixer), self.mixer_out)
+
+
+    GPT = Changed
+"""
+
+
+def test_more_parameters(tmp_path):
+    """A line each registers them: they train, are saved, and go on in two processes as in one."""
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=2"]
+    path = changed(tmp_path, MORE_PARAMETERS)
+    alone = run([*flags, "--save_every=11"], script=path)
+    assert alone.returncode == 0, alone.stderr
+    losses = val_losses(alone.stdout)
+    resumed = run([*flags, "--resume=latest"], ranks=2, script=path)
+    assert len(losses) == 11 and losses[10] < losses[0] - 0.2
+    assert val_losses(resumed.stdout) == pytest.approx(losses[6:], abs=1e-3), resumed.stderr
+    (checkpoint,) = (tmp_path / "logs").glob("*.pt")
+    tensors = torch.load(checkpoint, weights_only=True)["tensors"]
+    assert tensors["mixer"].abs().max() > 0 and tensors["share"] != 0.5
+    assert abs(tensors["mixer_out"] - 0.2).max() > 0
+    model = loaded(path).load_model(str(checkpoint))
+    assert torch.equal(model.mixer, tensors["mixer"])
+
+
+ANOTHER_INPUT = """
+    class StepInputs(NamedTuple):
+        short_window: int
+        long_window: int
+        share: float
+        twice: bool
+
+
+    def step_inputs(step, s):
+        return StepInputs(*attention_windows(step, s), share=1 / (1 + step), twice=step % 3 == 1)
+
+
+    class Changed(GPT):
+        def forward(self, batch, inputs):
+            losses = inputs.share * super().forward(batch, inputs)
+            return 2 * losses if inputs.twice else losses
+
+
+    GPT = Changed
+"""
+
+
+def test_another_step_input(tmp_path):
+    """A field more is, without another line, a tensor in place that a recording would read anew each step.
+
+    One that is true or false stays so, since each recording has it fixed.
+    """
+    script = loaded(changed(tmp_path, ANOTHER_INPUT))
+    s, world = script.parse_settings(tiny_flags(tmp_path)), script.World()
+    trainer, loader = script.Trainer(s, world), script.TrainLoader(s, world)
+    assert sorted(script.first_steps(s).values()) == [0, 1]
+    places = [tensor.data_ptr() for tensor in trainer.inputs[:3]]
+    seen = []
+
+    def look(module, arguments):
+        seen.append((step, arguments[1], arguments[1].share.item()))
+
+    trainer.model.register_forward_pre_hook(look)
+    for step, batches in enumerate(loader.stream(0, 3)):
+        inputs = script.step_inputs(step, s)
+        loss = trainer.train_step(step, batches, inputs)[0].item()
+        if step < 2:  # the head is zero until Adam's first step is over
+            assert loss == pytest.approx(5.950643, abs=1e-5)  # in step 1 half of it, twice
+        assert [tensor.item() for tensor in trainer.inputs[:3]] == pytest.approx(inputs[:3])
+    assert len(seen) == 3 * s.micro_batches
+    for step, given, share in seen:
+        assert type(given) is script.StepInputs and share == pytest.approx(1 / (1 + step))
+        assert given.twice is (step == 1)
+        assert [tensor.data_ptr() for tensor in given[:3]] == places
+        assert [tensor.dtype for tensor in given[:3]] == [torch.int32, torch.int32, torch.float32]
+    done = run([*tiny_flags(tmp_path), "--val_loss_every=0"], script=tmp_path / "train_gpt.py")
+    assert done.returncode == 0 and 0 < val_losses(done.stdout)[0] < 5.95 / 21 + 1e-3, done.stderr
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -228,11 +514,21 @@ def test_loss_not_finite(tmp_path):
 
 def test_last_update_not_finite(tmp_path):
     """What the last step breaks shows only in the last validation."""
-    done = run([*tiny_flags(tmp_path), "--muon_lr=1e30", "--num_scheduled_iterations=2", "--num_extension_iterations=0"])
+    done = run(
+        [
+            *tiny_flags(tmp_path),
+            "--muon_lr=1e30",
+            "--num_scheduled_iterations=2",
+            "--num_extension_iterations=0",
+        ]
+    )
     refused(done, "not finite")
 
 
-@pytest.mark.parametrize("error, code, says", [("torch.OutOfMemoryError()", 1, "raise --micro_batches"), ("KeyboardInterrupt()", 130, "Ctrl-C")])
+@pytest.mark.parametrize(
+    "error, code, says",
+    [("torch.OutOfMemoryError()", 1, "raise --micro_batches"), ("KeyboardInterrupt()", 130, "Ctrl-C")],
+)
 def test_exit_codes(error, code, says):
     """Also with a reader thread still at work, for which no user waits."""
     program = f"""
@@ -243,17 +539,28 @@ def run(*_):
 train_gpt.run, sys.argv = run, ["train_gpt.py"]
 sys.exit(train_gpt.main())
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True, env=ENVIRONMENT, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=SCRIPT.parent,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=30,
+    )
     refused(done, says, code=code)
 
 
 def alive(group):
     """Processes of a process group that still run."""
-    found = subprocess.run(["ps", "-eo", "pgid=,pid=,stat="], capture_output=True, text=True, check=True).stdout.splitlines()
+    found = subprocess.run(
+        ["ps", "-eo", "pgid=,pid=,stat="], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     return [line for line in found if int(line.split()[0]) == group and not line.split()[2].startswith("Z")]
 
 
-@pytest.mark.parametrize("number, stop", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, train_gpt.Terminated)])
+@pytest.mark.parametrize(
+    "number, stop", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, train_gpt.Terminated)]
+)
 def test_second_signal_is_not_heard(number, stop, tmp_path):
     """torchrun hands Ctrl-C on to processes that have had it: the log still says why it ends."""
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -274,7 +581,7 @@ def test_second_signal_is_not_heard(number, stop, tmp_path):
 
 
 def test_pending_signal_is_heard_before_the_log_ends():
-    """Another rank may end by the same Ctrl-C first: then the wait for it fails, and the signal comes a moment later."""
+    """Another rank may end by the same Ctrl-C first: the wait for it fails, and then the signal comes."""
     before = signal.signal(signal.SIGALRM, lambda *_: signal.default_int_handler(signal.SIGINT, None))
     try:
         with pytest.raises(KeyboardInterrupt), train_gpt.hear_signals():
@@ -292,9 +599,16 @@ def test_ctrl_c(tmp_path, ranks):
     flags = [*tiny_flags(tmp_path), "--model_dim=128", "--num_heads=4"]
     command = [sys.executable] if ranks == 1 else [*TORCHRUN, f"--nproc_per_node={ranks}"]
     child = subprocess.Popen(
-        [*command, str(SCRIPT), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started in the background inherit it ignored
-    )  # fmt: skip
+        [*command, str(SCRIPT), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # tests started in the background inherit it ignored
+    )
     for line in child.stdout:
         if line.startswith("step:2/"):
             break
@@ -303,7 +617,9 @@ def test_ctrl_c(tmp_path, ranks):
     assert child.returncode != 0 and (ranks > 1 or child.returncode == 130)
     assert "train_gpt.py: stopped by Ctrl-C" in errors and (ranks > 1 or "Traceback" not in errors)
     text = only_log(tmp_path).read_text()
-    assert "step:2/20 train_time" in text and text.rstrip().splitlines()[-1].startswith("stopped: KeyboardInterrupt")
+    assert "step:2/20 train_time" in text and text.rstrip().splitlines()[-1].startswith(
+        "stopped: KeyboardInterrupt"
+    )
     deadline = time.time() + 20
     while alive(child.pid) and time.time() < deadline:
         time.sleep(0.2)
@@ -312,7 +628,12 @@ def test_ctrl_c(tmp_path, ranks):
 
 def test_killed_run_keeps_its_lines(tmp_path):
     """What the console has shown is in the log, even when nothing could be closed."""
-    child = subprocess.Popen([sys.executable, str(SCRIPT), *tiny_flags(tmp_path)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    child = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *tiny_flags(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     for line in child.stdout:
         if line.startswith("step:2/"):
             break
@@ -324,7 +645,12 @@ def test_killed_run_keeps_its_lines(tmp_path):
 def test_terminal_shows_a_bar(tmp_path):
     """On a terminal: a bar and the validation lines, but no line a step; the log has them all."""
     terminal, side = pty.openpty()
-    child = subprocess.Popen([sys.executable, str(SCRIPT), *tiny_flags(tmp_path)], stdout=side, stderr=side, env=ENVIRONMENT | {"COLUMNS": "100"})
+    child = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *tiny_flags(tmp_path)],
+        stdout=side,
+        stderr=side,
+        env=ENVIRONMENT | {"COLUMNS": "100"},
+    )
     os.close(side)
     shown = b""
     while select.select([terminal], [], [], 60)[0]:
@@ -334,7 +660,11 @@ def test_terminal_shows_a_bar(tmp_path):
             break
     assert child.wait(timeout=60) == 0
     shown = shown.decode()
-    assert "20/20" in shown and "step:20/20 val_loss" in shown and not re.search(r"step:\d+/20 train_time", shown)
+    assert (
+        "20/20" in shown
+        and "step:20/20 val_loss" in shown
+        and not re.search(r"step:\d+/20 train_time", shown)
+    )
     assert len(re.findall(r"^step:\d+/20 train_time", only_log(tmp_path).read_text(), re.M)) == 20
 
 

@@ -1,5 +1,6 @@
 """The model against its definition, read line by line, in float64."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,13 +9,26 @@ import torch.nn.functional as F
 from shards import tiny_flags
 
 import train_gpt
-from train_gpt import GPT, Batch, Rotary, World, parse_settings
+from train_gpt import (
+    GPT,
+    WEIGHT_SCALE,
+    Batch,
+    Rotary,
+    StepInputs,
+    World,
+    extend_context,
+    make_banks,
+    parse_settings,
+)
+
+MAX_TOKENS = 512
+INPUTS = StepInputs(short_window=3, long_window=9)
 
 
 def build(tmp_path, *flags):
     """A small model with random values where the record starts at zero, so that every part counts."""
     s = parse_settings([*tiny_flags(tmp_path), "--model_dim=64", "--num_heads=2", *flags])
-    model = GPT(s, World())
+    model = GPT(s, MAX_TOKENS)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -23,121 +37,188 @@ def build(tmp_path, *flags):
 
 
 def make_batch(T=50, vocab=257):
-    first = torch.tensor([0] * 20 + [20] * (T - 20), dtype=torch.int32)
-    last = torch.tensor([19] * 20 + [T - 1] * (T - 20), dtype=torch.int32)
-    tokens = torch.randint(vocab, (T + 1,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
-    return Batch(tokens[:-1], tokens[1:], first, last)
+    starts = torch.tensor([0] * 20 + [20] * (T - 20), dtype=torch.int32)
+    ends = torch.tensor([19] * 20 + [T - 1] * (T - 20), dtype=torch.int32)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(vocab, (T + 1,), dtype=torch.int32, generator=generator)
+    return Batch(tokens[:-1], tokens[1:], starts, ends)
 
 
-def reference(model, s, batch, windows, skips=((4, 7),), backout_layer=8, drop_mlp=()):
+def rms(x):
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+
+def gate_of(x, w):
+    return torch.sigmoid(x[:, :12] @ w.T)
+
+
+def turn(y, angle):
+    """Rotary embedding of one head (T, D) by angles (T, D / 2)."""
+    low, high = y.chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([low * cos + high * sin, high * cos - low * sin], -1)
+
+
+def attend(P, i, y, batch, window, angle, H):
+    """What attention of layer i adds, head by head, with every pair of tokens looked at."""
+    T, d = y.shape
+    D = d // H
+    _, _, l0, l1 = P[f"blocks.{i}.lambdas"]
+    q, k, v, o = P[f"blocks.{i}.qkvo.0"].reshape(4, d, d)
+    value = {1: 1, 2: 2, 9: 0, 10: 1, 11: 2}.get(i)
+    heads = []
+    for h in range(H):
+        part = slice(h * D, (h + 1) * D)
+        vh = l0 * (y @ v.T)[:, part]
+        if value is not None:
+            vh = vh + l1 * P[f"value_embeds.{value}"][batch.inputs.long()][:, part]
+        scores = 0.1 * turn(rms((y @ q.T)[:, part]), angle) @ turn(rms((y @ k.T)[:, part]), angle).T
+        for row in range(T):
+            for column in range(T):
+                same = batch.doc_start[row] == batch.doc_start[column]
+                if not (same and row - window <= column <= row):
+                    scores[row, column] = -math.inf
+        heads.append(scores.softmax(-1) @ vh * gate_of(y, P[f"blocks.{i}.gate.0"])[:, h : h + 1])
+    return torch.cat(heads, -1) @ o.T
+
+
+def reference(model, s, batch, inputs, skips=((4, 7),), backout_layer=8, drop_mlp=()):
     """Losses by the definition: layer by layer, head by head, float64."""
     P = {name: p.detach().double() for name, p in model.named_parameters()}
-    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()  # noqa: E731
-    gate = lambda x, w: torch.sigmoid(x[:, :12] @ w.T)  # noqa: E731
-    T, d, H = len(batch.inputs), s.model_dim, s.num_heads
-    e = P["embedding"][batch.inputs.long()]
+    T, H = len(batch.inputs), s.num_heads
+    D = s.model_dim // H
+    e = P["embed"][batch.inputs.long()]
     x = e.clone()
-    smear, backout, *skip_gates = P["scalars"]
-    x[1:] = e[1:] + smear * gate(e, P["smear_gate"])[1:] * e[:-1]
+    x[1:] = e[1:] + P["smear_lambda"] * gate_of(e, P["smear_gate"])[1:] * e[:-1]
     x = x0 = rms(x)
-    D = d // H
     freq = torch.cat([(1 / 1024) ** torch.linspace(0, 1, D // 4), torch.zeros(D // 4)]).double()
     angle = torch.arange(T)[:, None] * freq
-    rotary = lambda y: torch.cat([y[:, : D // 2] * angle.cos() + y[:, D // 2 :] * angle.sin(), y[:, D // 2 :] * angle.cos() - y[:, : D // 2] * angle.sin()], -1)  # noqa: E501, E731
     outputs = {}
     for i in range(12):
-        for (source, target), w in zip(skips, skip_gates, strict=True):
+        for (source, target), w in zip(skips, P["skip_gates"], strict=True):
             if i == target:
                 x = x + torch.sigmoid(w) * outputs[source]
         if i:
-            a, b, l0, l1 = P["lambdas"][i]
+            a, b, _, _ = P[f"blocks.{i}.lambdas"]
             x = a * x + b * x0
             if i != 7:
-                y = rms(x)
-                q, k, v, o = P[f"slots.{i}.attention.0"].reshape(4, d, d)
-                value = {1: 1, 2: 2, 9: 0, 10: 1, 11: 2}.get(i)
-                W = windows[1] if i in (4, 11) else windows[0]
-                heads = []
-                for h in range(H):
-                    part = slice(h * D, (h + 1) * D)
-                    vh = l0 * (y @ v.T)[:, part]
-                    if value is not None:
-                        vh = vh + l1 * P[f"values.{value}"][batch.inputs.long()][:, part]
-                    scores = 0.1 * rotary(rms((y @ q.T)[:, part])) @ rotary(rms((y @ k.T)[:, part])).T
-                    for row in range(T):
-                        for column in range(T):
-                            same = batch.first[row] == batch.first[column]
-                            if not (same and row - W <= column <= row):
-                                scores[row, column] = -math.inf
-                    heads.append(scores.softmax(-1) @ vh * gate(y, P[f"slots.{i}.gate.0"])[:, h : h + 1])
-                x = x + torch.cat(heads, -1) @ o.T
+                window = inputs.long_window if i in (4, 11) else inputs.short_window
+                x = x + attend(P, i, rms(x), batch, window, angle, H)
             if i not in drop_mlp:
-                x = x + (rms(x) @ P[f"slots.{i}.mlp_in.0"]).relu().square() @ P[f"slots.{i}.mlp_out.0"].T
+                x = x + (rms(x) @ P[f"blocks.{i}.c_fc.0"]).relu().square() @ P[f"blocks.{i}.c_proj.0"].T
         outputs[i] = x
-    x = rms(x - backout * outputs[backout_layer])
-    return F.cross_entropy(30 * torch.sigmoid(x @ P["head"].T / 7.5), batch.targets.long(), reduction="none")
+    x = rms(x - P["backout_lambda"] * outputs[backout_layer])
+    logits = 30 * torch.sigmoid(x @ P["lm_head.weight"].T / 7.5)
+    return F.cross_entropy(logits, batch.targets.long(), reduction="none")
 
 
 @pytest.mark.parametrize("T, windows", [(50, (3, 9)), (37, (128, 384))])
 def test_loss_is_the_definition(tmp_path, T, windows):
     s, model = build(tmp_path)
-    batch = make_batch(T)
-    losses = model(batch, windows)
+    batch, inputs = make_batch(T), StepInputs(*windows)
+    losses = model(batch, inputs)
     assert losses.shape == (T,) and losses.dtype == torch.float32
-    assert torch.allclose(losses.double(), reference(model, s, batch, windows), rtol=2e-4)
+    assert torch.allclose(losses.double(), reference(model, s, batch, inputs), rtol=2e-4)
     model.eval()
-    assert torch.allclose(model(batch, windows), losses, rtol=1e-5)
+    assert torch.allclose(model(batch, inputs), losses, rtol=1e-5)
+    on_device = StepInputs(*(torch.tensor(x, dtype=torch.int32) for x in windows))  # as training gives them
+    assert torch.equal(model(batch, on_device), model(batch, inputs))
+
+
+def test_logits_are_those_of_the_loss(tmp_path):
+    _, model = build(tmp_path)
+    batch = make_batch()
+    logits = model.logits(batch, INPUTS)
+    assert logits.shape == (50, 384) and logits.dtype == torch.float32
+    losses = F.cross_entropy(logits, batch.targets.long(), reduction="none")
+    assert torch.allclose(losses, model(batch, INPUTS), rtol=1e-5)
+
+
+def test_masks_of_queries_and_keys_agree(tmp_path, monkeypatch):
+    """By a layer's mask, key j meets the queries from j to the last one that attends to it."""
+    _, model = build(tmp_path)
+    masks = []
+
+    def attend(x, h, qkvo, gate, lambdas, ve, rotary, mask):
+        masks.append(mask)
+        return x
+
+    monkeypatch.setattr(train_gpt.attention_, "run", attend)
+    batch = make_batch()
+    model(batch, INPUTS)
+    at = torch.arange(50)
+    for i, mask in zip((1, 2, 3, 4, 5, 6, 8, 9, 10, 11), masks, strict=True):
+        window = INPUTS.long_window if i in (4, 11) else INPUTS.short_window
+        near = (at[:, None] - window <= at) & (at <= at[:, None])
+        seen = near & (batch.doc_start[:, None] == batch.doc_start)
+        assert mask.first_key.tolist() == [row.nonzero().min() for row in seen]
+        assert mask.last_query.tolist() == [column.nonzero().max() for column in seen.T]
 
 
 def test_flags_change_the_layers(tmp_path):
     s, model = build(tmp_path, "--layers=5.mlp=0", "--skips=3-8,4-7", "--backout=9")
     batch = make_batch()
-    wanted = reference(model, s, batch, (3, 9), skips=((3, 8), (4, 7)), backout_layer=9, drop_mlp=(5,))
-    assert torch.allclose(model(batch, (3, 9)).double(), wanted, rtol=2e-4)
-    assert not model.slots[5].mlp_in and not model.slots[5].mlp_out
+    wanted = reference(model, s, batch, INPUTS, skips=((3, 8), (4, 7)), backout_layer=9, drop_mlp=(5,))
+    assert torch.allclose(model(batch, INPUTS).double(), wanted, rtol=2e-4)
+    assert not model.blocks[5].c_fc and not model.blocks[5].c_proj
 
 
 def test_parallel_paths_add_up(tmp_path):
     """Two paths in layer 3, the second of them silent, are one; no backout and no skip are allowed too."""
-    s, one = build(tmp_path)
+    _, one = build(tmp_path)
     flags = [*tiny_flags(tmp_path), "--model_dim=64", "--num_heads=2", "--layers=3.attention=2,3.mlp=2"]
-    two = GPT(parse_settings(flags), World())
+    two = GPT(parse_settings(flags), MAX_TOKENS)
     names = dict(one.named_parameters())
     with torch.no_grad():
         for name, p in two.named_parameters():
             if name in names:
                 p.copy_(names[name])
         batch = make_batch()
-        assert torch.allclose(one(batch, (3, 9)), two(batch, (3, 9)), rtol=1e-5)  # output matrices start at zero
-        two.slots[3].mlp_out[1].normal_()
-        assert not torch.allclose(one(batch, (3, 9)), two(batch, (3, 9)), rtol=1e-3)
-    assert GPT(parse_settings([*flags, "--skips=", "--backout=-1"]), World())(batch, (3, 9)).isfinite().all()
+        assert torch.allclose(one(batch, INPUTS), two(batch, INPUTS), rtol=1e-5)  # outputs start at zero
+        two.blocks[3].c_proj[1].normal_()
+        assert not torch.allclose(one(batch, INPUTS), two(batch, INPUTS), rtol=1e-3)
+    bare = GPT(parse_settings([*flags, "--skips=", "--backout=-1"]), MAX_TOKENS)
+    assert bare(batch, INPUTS).isfinite().all()
 
 
-def test_first_loss_is_the_log_of_the_classes(tmp_path):
-    model = GPT(parse_settings(tiny_flags(tmp_path)), World())
-    assert torch.allclose(model(make_batch(), (128, 384)), torch.tensor(math.log(384)))
+def test_first_loss_is_the_log_of_the_vocabulary(tmp_path):
+    model = GPT(parse_settings(tiny_flags(tmp_path)), MAX_TOKENS)
+    assert torch.allclose(model(make_batch(), StepInputs(128, 384)), torch.tensor(math.log(384)))
 
 
 def test_initial_parameters():
-    s = parse_settings(["--vocab_size=257", "--micro_batches=128", "--val_batch_size=131072"])
-    model = GPT(s, World())
+    s = parse_settings(["--vocab_size=257"])
+    model = GPT(s, 64)
     bound = math.sqrt(3) * 0.5 * 768**-0.5
-    attention = model.slots[1].attention[0].view(4, 768, 768)
-    assert attention[:3].abs().max() <= bound and attention[:3].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
-    assert not attention[3].any() and not model.slots[1].mlp_out[0].any() and not model.head.any()
-    assert model.slots[7].mlp_in[0].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
-    assert model.embedding.std().item() == pytest.approx(1, rel=0.01) and len(model.values) == 3
-    assert torch.allclose(model.lambdas, torch.tensor([1.1, 0.0, 0.5, 0.5])) and model.scalars.tolist() == [0.0, 0.5, -1.5]
-    hidden = [p for slot in model.slots for p in (*slot.attention, *slot.mlp_in, *slot.mlp_out)]
+    spread = pytest.approx(bound / math.sqrt(3), rel=0.01)
+    qkvo = model.blocks[1].qkvo[0].view(4, 768, 768)
+    assert qkvo[:3].abs().max() <= bound and qkvo[:3].std().item() == spread
+    assert not qkvo[3].any() and not model.blocks[1].c_proj[0].any() and not model.lm_head.weight.any()
+    assert model.blocks[7].c_fc[0].std().item() == spread
+    assert model.embed.std().item() == pytest.approx(1, rel=0.01) and len(model.value_embeds) == 3
+    for block in model.blocks:
+        assert torch.equal(block.lambdas, torch.tensor([1.1, 0.0, 0.5, 0.5]))
+    assert model.smear_lambda == 0 and model.backout_lambda == 0.5 and model.skip_gates.tolist() == [-1.5]
+    hidden = [p for block in model.blocks for p in (*block.qkvo, *block.c_fc, *block.c_proj)]
     assert len(hidden) == 32 and {p.shape for p in hidden} == {(768, 3072)}
-    assert not list(model.slots[0].parameters()) and not model.slots[7].attention
+    assert not any((model.blocks[0].qkvo, model.blocks[0].c_fc, model.blocks[7].qkvo))
+
+
+def test_parameters_are_cast(tmp_path):
+    """Tables, head and gates are in the model's dtype; hidden matrices and scalars are float32 masters."""
+    model = GPT(parse_settings(tiny_flags(tmp_path)), MAX_TOKENS, torch.bfloat16)
+    block = model.blocks[1]
+    cast = (model.embed, *model.value_embeds, model.lm_head.weight, model.smear_gate, *block.gate)
+    exact = (block.lambdas, model.smear_lambda, model.backout_lambda, model.skip_gates)
+    assert {p.dtype for p in cast} == {torch.bfloat16}
+    assert {p.dtype for p in (*exact, *block.qkvo, *block.c_fc, *block.c_proj)} == {torch.float32}
 
 
 def test_seed_decides_the_parameters(tmp_path):
-    models = [GPT(parse_settings([*tiny_flags(tmp_path), f"--seed={seed}"]), World()) for seed in (1, 1, 2)]
-    assert torch.equal(models[0].embedding, models[1].embedding)
-    assert not torch.equal(models[0].embedding, models[2].embedding)
+    s = parse_settings(tiny_flags(tmp_path))
+    one, same, other = (GPT(dataclasses.replace(s, seed=seed), MAX_TOKENS) for seed in (1, 1, 2))
+    assert torch.equal(one.embed, same.embed) and torch.equal(one.blocks[3].c_fc[0], same.blocks[3].c_fc[0])
+    assert not torch.equal(one.embed, other.embed)
 
 
 def test_yarn():
@@ -147,66 +228,137 @@ def test_yarn():
     for old, new in ((3, 7), (7, 11), (11, 13)):
         keep = ((128 * old * wanted / (2 * math.pi) - 1) / 31).clamp(0, 1)
         wanted = wanted * (old / new + keep * (1 - old / new))
-        rotary.extend(128 * old, 128 * new)
+        extend_context(rotary, 128 * old, 128 * new)
         scales.append(rotary.scale.item())
     assert scales == pytest.approx([0.1, 0.11695, 0.12752, 0.13178], abs=1e-5)
     assert torch.allclose(rotary.frequencies.double(), wanted, rtol=1e-6)
-    assert torch.allclose(rotary.cos.double(), torch.outer(torch.arange(300.0).double(), wanted).cos(), atol=1e-4)
+    angles = torch.outer(torch.arange(300.0).double(), wanted)
+    assert torch.allclose(rotary.cos.double(), angles.cos(), atol=1e-4)
+    assert torch.allclose(rotary.sin.double(), angles.sin(), atol=1e-4)
     assert rotary.frequencies[0] == 1 and not rotary.frequencies[32:].any()
 
 
 def test_norm_of_rotated_heads_is_kept():
     x = torch.randn(20, 3, 16)
     rotary = Rotary(16, 20, torch.float32)
-    assert torch.allclose(train_gpt.rotate(x, rotary.cos, rotary.sin).norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+    turned = train_gpt.apply_rotary(x, rotary.cos, rotary.sin)
+    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
 
 
-def test_e4m3_copies(tmp_path, monkeypatch):
+# ------------------------------------------------------------------------------------------------------
+# FP8 copies of the weights
+
+
+@pytest.fixture
+def in_fp8(monkeypatch):
+    monkeypatch.setattr(train_gpt, "in_fp8", lambda device, part: True)
+
+
+def give_to_banks(model):
+    """The banks of a model's parameters, with FP8 copies where they train in it."""
+    banks = [bank for kind in ("normuon", "adam") for bank in make_banks(model, kind, World())]
+    for bank in banks:
+        bank.quantize()
+    return banks
+
+
+def copied_weights(model):
+    """The weights that have FP8 copies, and which."""
+    kinds = {
+        "qkvo": {"e4m3", "dequantized"},
+        "c_proj": {"e4m3", "dequantized"},
+        "c_fc": {"e4m3_t", "dequantized"},
+    }
+    weights = {model.lm_head.weight: {"e4m3", "e4m3_t"}}
+    for block in model.blocks:
+        for kind, names in kinds.items():
+            weights |= dict.fromkeys(getattr(block, kind), names)
+    return weights
+
+
+def test_fp8_copies(tmp_path, in_fp8):
     """Of every matrix that trains in FP8, some transposed; renewed in place."""
-    s = train_gpt.parse_settings(tiny_flags(tmp_path))
-    model = GPT(s, World())
-    monkeypatch.setattr(train_gpt, "on_hopper", lambda x: True)
-    model.quantize()
-    before = {key: [copy.data_ptr() for copy in pair] for key, pair in model.copies.items()}
-    turned = [p for slot in model.slots for p in slot.mlp_in]
-    plain = [p for slot in model.slots for p in (*slot.attention, *slot.mlp_out)]
-    assert set(before) == {(model.head, False), (model.head, True)} | {(p, True) for p in turned} | {(p, False) for p in plain}
+    model = GPT(parse_settings(tiny_flags(tmp_path)), MAX_TOKENS)
+    banks, weights = give_to_banks(model), copied_weights(model)
+    before = {}
+    for p in model.parameters():
+        copies = getattr(p, "fp8_copies", {})
+        assert set(copies) == weights.get(p, set())
+        before[p] = {name: copy.data_ptr() for name, copy in copies.items()}
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.3)
-    model.quantize()
-    for (p, transposed), (copy, *values) in model.copies.items():
-        assert [t.data_ptr() for t in (copy, *values)] == before[p, transposed] and copy.is_contiguous()
-        scaled = copy.float() * train_gpt.WEIGHT_SCALE
-        scaled = scaled.t() if transposed else scaled
-        assert torch.allclose(scaled, p.detach().clamp(-0.875, 0.875), rtol=1 / 16, atol=2**-19)
-        assert len(values) == (p is not model.head) and all(torch.equal(t, scaled) for t in values)
+    for bank in banks:
+        bank.quantize()
+    for p in weights:
+        assert {name: copy.data_ptr() for name, copy in p.fp8_copies.items()} == before[p]
+        wanted = p.detach().clamp(-0.875, 0.875)
+        values = {}
+        for name in p.fp8_copies.keys() - {"dequantized"}:
+            copy = p.fp8_copies[name]
+            assert copy.dtype == torch.float8_e4m3fn and copy.is_contiguous()
+            scaled = copy.float() * WEIGHT_SCALE
+            values[name] = scaled.t() if name == "e4m3_t" else scaled
+            assert torch.allclose(values[name], wanted, rtol=1 / 16, atol=2**-19)
+        for name, scaled in values.items():
+            assert torch.equal(p.fp8_copies.get("dequantized", scaled), scaled), name
+    handle = train_gpt.weight_handle(model.blocks[3].c_fc[0])
+    assert handle.e4m3 is None and handle.read is handle.dequantized
 
 
-def test_evaluation_reads_no_copies(tmp_path, monkeypatch):
-    """Products of blocks and head get the e4m3 copies in training alone."""
-    s, model = build(tmp_path)
-    monkeypatch.setattr(train_gpt, "on_hopper", lambda x: True)
-    model.quantize()
-    monkeypatch.setattr(train_gpt, "on_hopper", lambda x: False)
-    seen, plain = [], {name: getattr(train_gpt, name) for name in ("attention", "mlp", "head_loss")}
+@pytest.mark.parametrize("parts", [set(), {"head"}, {"blocks"}])
+def test_fp8_copies_of_the_parts_that_train_in_it(tmp_path, monkeypatch, parts):
+    """Where the chip has FP8 for one of the two alone, the other has no copies."""
+    monkeypatch.setattr(train_gpt, "in_fp8", lambda device, part: part in parts)
+    model = GPT(parse_settings(tiny_flags(tmp_path)), MAX_TOKENS)
+    give_to_banks(model)
+    for p in copied_weights(model):
+        part = "head" if p is model.lm_head.weight else "blocks"
+        assert hasattr(p, "fp8_copies") == (part in parts)
 
-    def watch(name):
-        def call(*given):
-            flat = [t for item in given for t in (item if isinstance(item, tuple) else (item,))]
-            seen.extend(t for t in flat if torch.is_tensor(t) and t.dtype == torch.float8_e4m3fn)
-            return plain[name](*given)
+
+@pytest.mark.parametrize("layers", ["3.attention=2,5.mlp=3", "0.attention=1", "2.attention=0,9.mlp=0"])
+def test_fp8_copies_of_any_layer_table(tmp_path, in_fp8, layers):
+    """Each weight's copies are its own, however paths are spread over the layers."""
+    model = GPT(parse_settings([*tiny_flags(tmp_path), f"--layers={layers}"]), MAX_TOKENS)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    give_to_banks(model)
+    for p, names in copied_weights(model).items():
+        for name in names - {"dequantized"}:
+            wanted = train_gpt.to_e4m3(p.detach(), WEIGHT_SCALE).float()
+            assert torch.equal(p.fp8_copies[name].float(), wanted.t() if name == "e4m3_t" else wanted)
+
+
+def test_evaluation_reads_no_copies(tmp_path, in_fp8, monkeypatch):
+    """Handles of weights come with their FP8 copies in training alone."""
+    _, model = build(tmp_path)
+    give_to_banks(model)
+    seen = []
+
+    def watched(definition):
+        def call(*args):
+            handles = [train_gpt.weight_handle(a) for a in args if isinstance(a, torch.nn.Parameter)]
+            fields = [
+                t for handle in handles for t in (handle.grad, handle.e4m3, handle.e4m3_t, handle.dequantized)
+            ]
+            seen.extend(t for t in fields if t is not None)
+            return definition(*args)
 
         return call
 
-    for name in plain:
-        monkeypatch.setattr(train_gpt, name, watch(name))
+    for operator in train_gpt.Operator.every:
+        monkeypatch.setattr(operator, "run", watched(operator.definition))
     batch = make_batch()
     model.train()
-    model(batch, (3, 9))
-    assert len({t.data_ptr() for t in seen}) == len(model.copies) + 1  # and that of the head's input
+    model(batch, INPUTS)
+    found = {t.data_ptr() for t in seen}
+    for p in copied_weights(model):
+        assert {p.grad.data_ptr(), *(copy.data_ptr() for copy in p.fp8_copies.values())} <= found
     seen.clear()
     model.eval()
-    model(batch, (3, 9))
-    model.logits(batch, (3, 9))
+    with torch.no_grad():
+        model(batch, INPUTS)
+        model.logits(batch, INPUTS)
     assert not seen

@@ -71,7 +71,7 @@ def test_sample_losses(project, monkeypatch):
     loader = train_gpt.TrainLoader(s, world)
     losses = {}
     for step, batches in enumerate(loader.stream(0, len(wanted))):
-        losses[step] = trainer.train_step(step, batches, train_gpt.attention_windows(step, s))[0].item()
+        losses[step] = trainer.train_step(step, batches, train_gpt.step_inputs(step, s))[0].item()
         print(f"step:{step} loss:{losses[step]:.5f}")
     assert len(wanted) == 8
     for step, loss in wanted.items():

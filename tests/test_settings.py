@@ -1,6 +1,7 @@
 """Flags, presets, the layer table: what they accept, and the one line with which they refuse the rest."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -20,7 +21,10 @@ def test_every_field_is_a_flag_and_in_the_help(capsys):
 
 def test_defaults_are_the_record():
     s = parse_settings([])
-    assert (s.total_steps, s.train_batch_size, s.train_tokens, s.val_tokens_each, s.bos) == (2225, 262_144, 32_768, 262_144, 50_256)
+    assert s.total_steps == 2225
+    assert s.train_batch_size == 262_144 and s.val_micro_batch_tokens == 262_144
+    assert train_gpt.step_shape(0, s).micro_batch_tokens == 32_768
+    assert s.padded_vocab_size == 50_304 and s.bos == 50_256
 
 
 def test_flags_go_over_the_preset():
@@ -62,16 +66,45 @@ def test_flags_go_over_the_preset():
         ("--final_window=6/x", "--final_window: cannot read '6/x'"),
         ("stray", "unknown flag stray"),
     ],
-)  # fmt: skip
+)
 def test_refusals(flag, says):
     with pytest.raises(UsageError) as error:
         parse_settings([flag])
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+NUMBERS = [f for f in dataclasses.fields(train_gpt.Hyperparameters) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize("f", NUMBERS, ids=lambda f: f.name)
+def test_bounds(f):
+    """Beside each number stand its bounds, and beyond them, or not finite, it is refused in one line."""
+    low, high = f.metadata["low"], f.metadata["high"]
+    assert low <= f.default <= high
+    step = 1 if f.type is int else 1e-3
+    beyond = [low - step]
+    if math.isfinite(high):
+        beyond.append(high + step)
+    if f.type is float:
+        beyond += [math.nextafter(low, -math.inf), math.nextafter(high, math.inf), math.inf, math.nan]
+    for value in beyond:
+        with pytest.raises(UsageError) as error:
+            parse_settings([f"--{f.name}={value!r}"])
+        assert str(error.value).startswith(f"--{f.name}={value}: give a finite number of at least {low}")
+        assert "\n" not in str(error.value)
+    for value in (low, high):
+        if math.isfinite(value):  # it may be at odds with another setting, but is within its bounds
+            try:
+                parse_settings([f"--{f.name}={value!r}"])
+            except UsageError as error:
+                assert "give a finite number" not in str(error)
+
+
 def test_layer_table():
     table = layer_table(parse_settings([]))
-    attention, mlp, window, value = ([getattr(layer, name) for layer in table] for name in ("attention", "mlp", "window", "value"))
+    attention, mlp, window, value = (
+        [getattr(layer, name) for layer in table] for name in ("attention", "mlp", "window", "value")
+    )
     assert attention == [0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1]
     assert mlp == [0] + [1] * 11
     assert [i for i in range(12) if attention[i] and window[i] == "long"] == [4, 11]
@@ -89,4 +122,6 @@ def test_layer_changes():
 
 def test_no_path_left():
     with pytest.raises(UsageError, match="no layer with a path"):
-        parse_settings(["--layers=" + ",".join(f"{i}.{name}=0" for i in range(12) for name in ("attention", "mlp"))])
+        parse_settings(
+            ["--layers=" + ",".join(f"{i}.{name}=0" for i in range(12) for name in ("attention", "mlp"))]
+        )

@@ -1,4 +1,4 @@
-"""Any number of processes and nodes, ranks that no test machine has, and what can happen to a run from outside."""
+"""Any number of processes and nodes, ranks that no test machine has, and what befalls a run from outside."""
 
 import os
 import random
@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from shards import documents, tiny_flags, write_shard
-from test_main import ENVIRONMENT, SCRIPT, TORCHRUN, run, val_losses
+from test_data import thirds, varied
+from test_main import ENVIRONMENT, SCRIPT, TORCHRUN, changed, run, shaped, val_losses
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train_gpt
-from train_gpt import GPT, TrainLoader, Trainer, UsageError, World, parse_settings
+from train_gpt import GPT, StepInputs, Trainer, TrainLoader, UsageError, World, parse_settings, step_inputs
 
 
 def near(a, b):
@@ -25,21 +26,39 @@ def near(a, b):
 
 
 def test_one_to_four_processes_and_two_nodes(tmp_path):
-    """12 micro-batches, which 2, 3 and 4 ranks share out; 32 hidden matrices, which 3 do not divide; two agents on loopback."""
-    flags = [*tiny_flags(tmp_path), "--val_loss_every=1", "--train_batch_size=768", "--micro_batches=12", "--val_batch_size=768"]
+    """12 micro-batches, which 2 to 4 ranks share out; matrices, which 3 do not divide; two agents."""
+    flags = [
+        *tiny_flags(tmp_path),
+        "--val_loss_every=1",
+        "--train_batch_size=768",
+        "--micro_batches=12",
+        "--val_batch_size=768",
+    ]
     alone = val_losses(run(flags).stdout)
     for ranks in (2, 3, 4):
         done = run(flags, ranks)
         assert near(alone, val_losses(done.stdout)), (ranks, done.stderr)
-    logs = [path.read_text() for path in sorted((tmp_path / "logs").iterdir())]  # only rank 0 writes one, with all ranks' calibration
-    assert [re.findall(r"^calibration rank (\d): .*copy=\S+ (?:all_reduce=)?", text, re.M) for text in logs] == [list("0123")[:n] for n in (1, 2, 3, 4)]
+    # Only rank 0 writes a log, with all ranks' calibration.
+    logs = [path.read_text() for path in sorted((tmp_path / "logs").iterdir())]
+    assert [
+        re.findall(r"^calibration rank (\d): .*copy=\S+ (?:all_reduce=)?", text, re.M) for text in logs
+    ] == [list("0123")[:n] for n in (1, 2, 3, 4)]
     assert [text.count(" all_reduce=") - logs[0].count(" all_reduce=") for text in logs] == [0, 2, 3, 4]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"]
+    rendezvous = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--rdzv_id=test",
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, str(SCRIPT), *flags]
-    nodes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) for _ in range(2)]
+    nodes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        for _ in range(2)
+    ]
     shown = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], shown
     assert near(alone, max((val_losses(out) for out, _ in shown), key=len))
@@ -47,114 +66,261 @@ def test_one_to_four_processes_and_two_nodes(tmp_path):
 
 GRAPH = """
 import sys
+import torch
 import train_gpt
 
 class Graph:
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, trainer, batch, choices):
+        self.trainer, self.batch, self.choices = trainer, batch, choices
 
     def replay(self):
-        stacks, fetch = self.trainer.stacks, self.trainer.model.fetch
-        assert not any(stack.gathers for stack in stacks)  # a graph waits for nothing
-        armed = [stack.armed for stack in stacks]
-        for stack in stacks:
-            stack.armed = False
-        self.trainer.model.fetch = lambda parameters: None
-        self.trainer.micro_step(self.trainer.batch)
-        self.trainer.model.fetch = fetch
-        for stack, before in zip(stacks, armed):
-            stack.armed = before
+        assert [x for x in self.trainer.inputs if type(x) is bool] == list(self.choices)
+        assert not any(bank.gathers for bank in self.trainer.banks)  # a graph waits for nothing
+        hooks = {}
+        for module in self.trainer.model.modules():
+            hooks[module] = dict(module._forward_pre_hooks)
+            module._forward_pre_hooks.clear()
+        syncing = [bank.syncing for bank in self.trainer.banks]
+        for bank in self.trainer.banks:
+            bank.syncing = False
+        self.trainer.micro_step(self.batch)
+        for bank, before in zip(self.trainer.banks, syncing):
+            bank.syncing = before
+        for module, before in hooks.items():
+            module._forward_pre_hooks.update(before)
+        replayed.append((len(self.batch.inputs), *self.choices))
 
 plain = train_gpt.Trainer.warm_up
+replayed = []
 
 def warm_up(self, train, val):
     plain(self, train, val)
-    self.graph = Graph(self)
+    for variant in train_gpt.first_steps(self.s):
+        batch = train_gpt.Batch(*torch.zeros(4, variant.shape.micro_batch_tokens, dtype=torch.int32))
+        graph = Graph(self, batch, variant.choices)
+        self.recordings[variant] = train_gpt.Recording(graph, batch)
 
 train_gpt.Trainer.warm_up = warm_up
-sys.exit(train_gpt.main())
+code = train_gpt.main()
+print("replayed", replayed)
+sys.exit(code)
+"""
+
+
+A_CHOICE = """
+
+
+class StepInputs(NamedTuple):
+    short_window: int
+    long_window: int
+    narrow: bool
+
+
+def step_inputs(step, s):
+    return StepInputs(*attention_windows(step, s), narrow=step % 5 == 3)
+
+
+class Changed(GPT):
+    def trunk(self, batch, inputs):
+        if inputs.narrow:
+            inputs = inputs._replace(long_window=inputs.short_window)
+        return super().trunk(batch, inputs)
+
+
+GPT = Changed
 """
 
 
 def test_training_from_a_graph(tmp_path):
-    """With a stand-in for the CUDA graph, which reads its own batch and windows and runs no hooks, losses are those without."""
-    script = tmp_path / "graph.py"
+    """Stand-ins for CUDA graphs, one a variant, have their own batches and no hooks: losses are the same."""
+    script, changed_script = tmp_path / "graph.py", changed(tmp_path, shaped(varied) + A_CHOICE)
     script.write_text(GRAPH)
-    flags = [*tiny_flags(tmp_path), "--val_loss_every=5", "--micro_batches=4"]  # a validation would wait for the gathers
-    alone = val_losses(run(flags).stdout)
-    environment = ENVIRONMENT | {"PYTHONPATH": str(SCRIPT.parent)}
+    # A validation would wait for the gathers: a few steps lie between two.
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=5", "--micro_batches=4"]
+    alone = val_losses(run(flags, script=changed_script).stdout)
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
     for ranks in (1, 2):
-        done = subprocess.run([*TORCHRUN, f"--nproc_per_node={ranks}", str(script), *flags], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [*TORCHRUN, f"--nproc_per_node={ranks}", str(script), *flags],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
         assert done.returncode == 0, done.stderr
+        s, replays = parse_settings(flags), []
+        for step in range(s.total_steps):
+            shape = varied(step, s)
+            replays += [(shape.micro_batch_tokens, step % 5 == 3)] * (shape.micro_batches // ranks)
+        assert done.stdout.count(f"replayed {replays}") == ranks
         losses = val_losses(done.stdout)
-        assert len(losses) == 5 and (losses == alone if ranks == 1 else losses == pytest.approx(alone, abs=1e-3))
+        assert len(losses) == 5
+        assert losses == alone if ranks == 1 else losses == pytest.approx(alone, abs=1e-3)
+
+
+def test_step_shapes(tmp_path):
+    """Steps of several shapes train in two processes as in one, without warm-up, and from a checkpoint."""
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=1"]
+    script = changed(tmp_path, shaped(thirds))
+    whole = run([*flags, "--save_every=13"], script=script)
+    alone = val_losses(whole.stdout)
+    assert len(alone) == 21, whole.stderr
+    together = run(flags, 2, script)
+    assert near(alone, val_losses(together.stdout)), together.stderr
+    resumed = run([*flags, "--resume=latest", "--warmup_steps=0"], 2, script)
+    assert "resumed: step 13 of" in resumed.stdout, resumed.stderr
+    assert val_losses(resumed.stdout) == pytest.approx(alone[13:], abs=1e-3)
+
+
+@pytest.fixture
+def fake_rank():
+    """Rank 0 of two under a fake process group, whose collectives move nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield World(0, 2)
+    dist.destroy_process_group()
+
+
+def test_begin_step_waits_where_the_shape_changes(tmp_path, monkeypatch, fake_rank):
+    """There a schedule may change parameters; elsewhere they are still on their way when a step begins."""
+    monkeypatch.setattr(train_gpt, "step_shape", thirds)
+    s = parse_settings(tiny_flags(tmp_path))
+    trainer, loader, whole = Trainer(s, fake_rank), TrainLoader(s, fake_rank), {}
+    plain = train_gpt.begin_step
+
+    def begin_step(model, step, settings):
+        whole[step] = not any(bank.gathers for bank in trainer.banks)
+        plain(model, step, settings)
+
+    monkeypatch.setattr(train_gpt, "begin_step", begin_step)
+    for step, batches in enumerate(loader.stream(0, s.total_steps)):
+        trainer.begin_step(step)
+        trainer.train_step(step, batches, step_inputs(step, s))
+    assert [step for step in whole if whole[step]] == [0, 7, 14]
+
+
+def test_parameters_are_waited_for_where_they_are_read(tmp_path, fake_rank):
+    """A module waits for its own and its lists' parameters, and for no other bank's."""
+    s = parse_settings(tiny_flags(tmp_path))
+    trainer, loader = Trainer(s, fake_rank), TrainLoader(s, fake_rank)
+    for step, batches in enumerate(loader.stream(0, 2)):
+        trainer.train_step(step, batches, step_inputs(step, s))
+    read = []
+
+    def missing(parameter):
+        bank = trainer.bank_of[parameter]
+        return any(parameter in bank.members[chunk] for chunk in bank.gathers)
+
+    assert all(missing(p) for p in trainer.model.parameters())
+
+    def look(module, _):
+        mine = list(module.parameters(recurse=False))
+        for child in module.children():
+            mine += child.parameters(recurse=False) if type(child) is torch.nn.ParameterList else []
+        assert not any(missing(p) for p in mine)
+        read.extend(mine)
+        head = trainer.model.lm_head.weight
+        assert missing(head) == (module is not trainer.model.lm_head)
+
+    for module in trainer.model.modules():
+        module.register_forward_pre_hook(look)  # called after the trainer's
+    with torch.no_grad():
+        trainer.model(batches[0], step_inputs(2, s))
+    idle = trainer.model.blocks[0].parameters()  # a layer without paths reads nothing
+    assert {*map(id, read), *map(id, idle)} == {*map(id, trainer.model.parameters())}
 
 
 @pytest.mark.parametrize("size", [2, 8, 16, 64])
 def test_ranks_that_no_test_machine_has(tmp_path, size):
-    """Under a fake process group: every parameter has one owner, nothing is dropped, and the bytes on the wire are as counted."""
+    """Under a fake process group: each parameter has one owner, and the bytes on the wire are as counted."""
     flags = [*tiny_flags(tmp_path), "--train_batch_size=2048", "--micro_batches=64", "--val_batch_size=2048"]
     s = parse_settings(flags)
-    wanted = {name: p.detach().clone() for name, p in GPT(s, World()).named_parameters()}
+    wanted = dict(GPT(s, train_gpt.longest_sequence(s)).named_parameters())
     wire, owners = {"scattered": 0, "gathered": 0}, {}
+    calls = {"scattered": train_gpt.reduce_scatter, "gathered": train_gpt.all_gather}
+
+    def count(kind):
+        def call(out, given, async_op=False):
+            wire[kind] += max(out.nbytes, given.nbytes)
+            return calls[kind](out, given, async_op=async_op)
+
+        return call
+
+    def size_of(banks):
+        return sum(bank.param.numel() for bank in banks)
+
     for rank in sorted({0, 1, size - 1}):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
         trainer = Trainer(s, World(rank, size))
-        for stack, moments in trainer.owned:
-            assert stack.work.shape == (stack.chunks, size, stack.unit) and stack.own.shape == (stack.chunks, stack.unit)
-            assert all(len(moment) == stack.chunks for moment in moments)
-            padding = stack.work.numel() - stack.numel
-            assert 0 <= padding < stack.unit * size and not stack.work.flatten()[stack.numel :].any()
-            flat = torch.cat([wanted[name].flatten() for p in stack.parameters for name, q in trainer.model.named_parameters() if q is p])
-            owned = torch.cat([flat, flat.new_zeros(padding)]).view(stack.chunks, size, -1)[:, rank]
-            assert torch.equal(stack.own, owned)
-            owners[rank] = owners.get(rank, 0) + stack.own.numel()
-        assert sum(len(part[0]) for part in trainer.normuon.parts[0]) <= trainer.normuon.stacks[0].chunks
+        assert sorted(name for bank in trainer.banks for name in bank.names) == sorted(wanted)
+        for bank in trainer.banks:
+            assert bank.param.shape == (bank.chunks, size, bank.unit)
+            assert bank.master.shape == (bank.chunks, bank.unit)
+            assert all(len(moment) == bank.chunks for moment in bank.moments)
+            padding = bank.param.numel() - bank.numel
+            assert 0 <= padding < bank.unit * size and not bank.param.flatten()[bank.numel :].any()
+            assert all(
+                trainer.model.get_parameter(name) is p
+                for name, p in zip(bank.names, bank.parameters, strict=True)
+            )
+            flat = torch.cat([wanted[name].detach().flatten() for name in bank.names])
+            owned = torch.cat([flat, flat.new_zeros(padding)]).view(bank.chunks, size, -1)[:, rank]
+            assert torch.equal(bank.master, owned)
+            owners[rank] = owners.get(rank, 0) + bank.master.numel()
+        for bank, runs in zip(trainer.normuon.banks, trainer.normuon.runs, strict=True):
+            assert sum(len(run.w) for run in runs) == len(bank.parameters[rank::size]) <= bank.chunks
         if rank == 0:
-            calls = {"scattered": train_gpt.reduce_scatter, "gathered": train_gpt.all_gather}
-
-            def count(kind):
-                def call(out, given, async_op=False):
-                    wire[kind] += max(out.nbytes, given.nbytes)
-                    return calls[kind](out, given, async_op=async_op)
-
-                return call
-
             train_gpt.reduce_scatter, train_gpt.all_gather = count("scattered"), count("gathered")
             try:
                 for step, batches in enumerate(TrainLoader(s, World(rank, size)).stream(0, 2)):
                     assert len(batches) == 64 // size
-                    trainer.train_step(step, batches, (128, 384))
+                    trainer.train_step(step, batches, StepInputs(128, 384))
             finally:
                 train_gpt.reduce_scatter, train_gpt.all_gather = calls.values()
-            whole = lambda stacks: sum(stack.work.numel() for stack in stacks)  # noqa: E731
-            assert wire["scattered"] == wire["gathered"] == 4 * (2 * whole(trainer.normuon.stacks) + whole(trainer.adam.stacks))
+            # Float32 on a CPU: NorMuon's banks in both steps, Adam's in the second.
+            expected = 4 * (2 * size_of(trainer.normuon.banks) + size_of(trainer.adam.banks))
+            assert wire["scattered"] == wire["gathered"] == expected
         dist.destroy_process_group()
     assert len(set(owners.values())) == 1
 
 
 def start(flags, ranks, step=8):
     """A torchrun of the script, read up to a step; and its workers."""
-    child = subprocess.Popen([*TORCHRUN, f"--nproc_per_node={ranks}", str(SCRIPT), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, env=ENVIRONMENT)  # fmt: skip
+    child = subprocess.Popen(
+        [*TORCHRUN, f"--nproc_per_node={ranks}", str(SCRIPT), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     for line in child.stdout:
         if line.startswith(f"step:{step}/"):
             break
-    table = subprocess.run(["ps", "-eo", "ppid=,pid=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
-    workers = [int(line.split()[1]) for line in table if int(line.split()[0]) == child.pid and str(SCRIPT) in line]
+    table = subprocess.run(
+        ["ps", "-eo", "ppid=,pid=,args="], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    workers = [
+        int(line.split()[1]) for line in table if int(line.split()[0]) == child.pid and str(SCRIPT) in line
+    ]
     assert len(workers) == ranks
     return child, workers
 
 
 def running(pid):
     """Whether a process is there and no zombie."""
-    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+    ).stdout.strip()
     return bool(found) and not found.startswith("Z")
 
 
 def test_rank_killed(tmp_path):
-    """In the middle of a step: everyone is gone within a minute, the log is whole, and the next run goes on."""
-    flags = [*tiny_flags(tmp_path), "--model_dim=64", "--val_loss_every=20", "--num_scheduled_iterations=38", "--save_every=5"]
+    """In the middle of a step: everyone is gone within a minute, the log is whole, the next run goes on."""
+    flags = [
+        *tiny_flags(tmp_path),
+        "--model_dim=64",
+        "--val_loss_every=20",
+        "--num_scheduled_iterations=38",
+        "--save_every=5",
+    ]
     child, workers = start(flags, 2, step=18)  # the first checkpoint has had time to be written
     os.kill(workers[-1], signal.SIGKILL)
     began = time.time()
@@ -163,7 +329,10 @@ def test_rank_killed(tmp_path):
     text = only_log_text(tmp_path)
     assert "step:18/40 train_time" in text and text.endswith("\n")
     done = run([*flags, "--resume=latest"])
-    assert re.search(r"^resumed: step (5|10|15|20|25|30|35) of ", done.stdout, re.M) and "step:40/40 val_loss" in done.stdout, done.stderr
+    assert (
+        re.search(r"^resumed: step (5|10|15|20|25|30|35) of ", done.stdout, re.M)
+        and "step:40/40 val_loss" in done.stdout
+    ), done.stderr
 
 
 def only_log_text(folder):
@@ -183,7 +352,14 @@ def test_straggler(tmp_path):
     assert near(val_losses(only_log_text(tmp_path)), val_losses(run(flags).stdout))
 
 
-@pytest.mark.parametrize("change, says", [("delete", "cannot be read"), ("cut", "where its header says"), ("replace", "changed since the run began")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("delete", "cannot be read"),
+        ("cut", "where its header says"),
+        ("replace", "changed since the run began"),
+    ],
+)
 def test_shard_lost_between_start_and_use(tmp_path, change, says):
     s, world = parse_settings([*tiny_flags(tmp_path), "--num_scheduled_iterations=38"]), World()
     loader = TrainLoader(s, world)
@@ -203,12 +379,20 @@ def test_shard_lost_between_start_and_use(tmp_path, change, says):
 
 def test_shard_lost_ends_in_one_line(tmp_path):
     """With two processes too: what the loader's thread met ends the run, and is said once."""
-    flags = [*tiny_flags(tmp_path), "--num_scheduled_iterations=58", "--model_dim=64", "--save_every=5", "--val_loss_every=0"]
+    flags = [
+        *tiny_flags(tmp_path),
+        "--num_scheduled_iterations=58",
+        "--model_dim=64",
+        "--save_every=5",
+        "--val_loss_every=0",
+    ]
     for ranks in (1, 2):
         write_shard(tmp_path / "train_2.bin", documents(600, 60, seed=2))
         command = [sys.executable] if ranks == 1 else [*TORCHRUN, "--nproc_per_node=2"]
         program = [*command, str(SCRIPT), *flags]
-        child = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        child = subprocess.Popen(
+            program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
         for line in child.stdout:
             if line.startswith("start:"):
                 break
@@ -227,16 +411,49 @@ def draw(kind, rng):
         return rng.choice([-1, 0, 1, 2, 3, 4, 6, 8, 12, 16, 31, 64, 257, 512, 768, 1000])
     if kind is float:
         return rng.choice([-1, 0, 1e-3, 0.03, 0.5, 0.9, 1, 2, 75, 1e30, "nan", "inf", "x"])
-    return rng.choice(["", "0", "4-7", "3-8,1-2", "7-4", "5.mlp=0", "0.attention=2,3.window=long", "9.value=15", "x.y=z", "1/3", "1/3,5/6", "0/1", "6/0", "a/b",
-                       "2:4", "4:2", "latest", "sample", "record", "nothing"])  # fmt: skip
+    return rng.choice(
+        [
+            "",
+            "0",
+            "4-7",
+            "3-8,1-2",
+            "7-4",
+            "5.mlp=0",
+            "0.attention=2,3.window=long",
+            "9.value=15",
+            "x.y=z",
+            "1/3",
+            "1/3,5/6",
+            "0/1",
+            "6/0",
+            "a/b",
+            "2:4",
+            "4:2",
+            "latest",
+            "sample",
+            "record",
+            "nothing",
+        ]
+    )
 
 
 def test_five_hundred_random_settings(tmp_path, monkeypatch):
     """Each trains, or is refused in one line; nothing else is raised."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt, "calibrate", lambda s, world: "")
-    base = [*tiny_flags(tmp_path), "--num_scheduled_iterations=2", "--num_extension_iterations=0", "--warmup_steps=0", "--val_loss_every=0", "--micro_batches=2"]
-    fields = [f for f in train_gpt.dataclasses.fields(train_gpt.Hyperparameters) if f.name not in ("log_dir", "profile")]
+    base = [
+        *tiny_flags(tmp_path),
+        "--num_scheduled_iterations=2",
+        "--num_extension_iterations=0",
+        "--warmup_steps=0",
+        "--val_loss_every=0",
+        "--micro_batches=2",
+    ]
+    fields = [
+        f
+        for f in train_gpt.dataclasses.fields(train_gpt.Hyperparameters)
+        if f.name not in ("log_dir", "profile")
+    ]
     trained, refused, refusals = 0, 0, set()
     handler = signal.getsignal(signal.SIGTERM)
     rng = random.Random(1)
