@@ -150,6 +150,12 @@ def test_load_model(trained):
         logits, torch.from_numpy(tokens[1:].astype(np.int64)), reduction="none"
     )
     assert torch.allclose(direct, model(batch, model.inputs), atol=1e-5)
+    # On a GPU a recorded gradient would mean FP8.
+    recorded = []
+    model.blocks[1].register_forward_pre_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    model(batch, model.inputs)
+    model.logits(batch, model.inputs)
+    assert recorded == [False, False]
 
 
 def test_refused_checkpoints(trained, tmp_path):

@@ -223,7 +223,8 @@ def test_steps_of_any_shape_return_their_mean_loss(tmp_path, monkeypatch, shape)
 
 def test_validation_of_any_length(tmp_path):
     """A last micro-batch that is shorter counts by its tokens."""
-    flags = [*tiny_flags(tmp_path), "--val_tokens=500", "--micro_batches=6", "--train_batch_size=480"]
+    flags = [*tiny_flags(tmp_path), "--val_tokens=500", "--val_batch_size=512"]
+    flags += ["--micro_batches=6", "--train_batch_size=480"]
     s, world, inputs = parse_settings(flags), World(), StepInputs(128, 384)
     trainer, val = train_gpt.Trainer(s, world), train_gpt.ValLoader(s, world)
     torch.nn.init.normal_(trainer.model.lm_head.weight, std=0.5)
@@ -246,7 +247,7 @@ def test_adam_steps_on_odd_steps_and_counts_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.adam, "step", lambda scale, t, count: calls.append((step, t, count)))
     for step, batches in enumerate(loader.stream(0, 6)):
         trainer.train_step(step, batches, StepInputs(128, 384))
-    assert calls == [(1, 1, 8), (3, 2, 8), (5, 3, 8)]
+    assert calls == [(1, 1, s.micro_batches), (3, 2, s.micro_batches), (5, 3, s.micro_batches)]
 
 
 def test_optimizers_count_the_micro_batches_of_their_steps(tmp_path, monkeypatch):

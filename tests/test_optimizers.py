@@ -265,7 +265,7 @@ def _step_sharded(rank, size, folder, flags, results):
 @pytest.mark.parametrize("size", [2, 3])
 def test_shards_give_what_one_process_gives(tmp_path, size):
     """Three ranks divide neither the 32 hidden matrices nor most tables."""
-    flags = tiny_flags(tmp_path)
+    flags = [*tiny_flags(tmp_path), "--train_batch_size=512", "--micro_batches=8"]
     with mp.Manager() as manager:
         alone, together = manager.dict(), manager.dict()
         for results, ranks in ((alone, 1), (together, size)):
