@@ -2588,10 +2588,8 @@ class Trainer:
         self.bank_of = {p: bank for bank in self.normuon.banks + self.adam.banks for p in bank.parameters}
         self.banks = list(dict.fromkeys(self.bank_of[p] for p in self.model.parameters()))  # as they are read
         self.total = torch.zeros((), device=world.device)
-        numbers = (torch.tensor(float(x) if type(x) is float else int(x)) for x in step_inputs(0, s))
-        self.inputs = StepInputs(
-            *(x.to(world.device, torch.float32 if x.is_floating_point() else torch.int32) for x in numbers)
-        )
+        kinds = (torch.float32 if type(x) is float else torch.int32 for x in step_inputs(0, s))
+        self.inputs = StepInputs(*(torch.zeros((), dtype=kind, device=world.device) for kind in kinds))
         self.recordings: dict[Variant, Recording] = {}
         if world.size > 1:
             for module in self.model.modules():
@@ -2638,9 +2636,8 @@ class Trainer:
             fields = torch.zeros(4, tokens, dtype=torch.int32, device=self.world.device)
             graph, batch = torch.cuda.CUDAGraph(), Batch(*fields)
             self._set_inputs(step_inputs(first, self.s))
-            with torch.cuda.graph(
-                graph, pool=pool, capture_error_mode="thread_local"
-            ):  # the loader's threads go on
+            # The loader's threads go on meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self.micro_step(batch)
             self.recordings[variant] = Recording(graph, batch)
 
@@ -3059,9 +3056,8 @@ class Saver:
         self.path = log.path and log.path.with_suffix(".pt")
         self.gpu, self.writer = trainer.world.device.type == "cuda", ThreadPoolExecutor(1)
         self.pending, self.buffers = None, {}
-        for name, tensor in trainer.whole_state(
-            trainer.s.save_every
-        ):  # pinned memory takes a second: before the clock
+        # Pinned memory takes a second to get, so it is got before the clock starts.
+        for name, tensor in trainer.whole_state(trainer.s.save_every):
             self._copy(name, tensor)
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor | None:
@@ -3309,9 +3305,8 @@ def main() -> int:
     rank, alike = os.environ.get("RANK", "0"), False
     try:
         signal.signal(signal.SIGTERM, stop_once)
-        if (
-            signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        ):  # in the background a shell has it ignored
+        # In the background a shell has it ignored.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, stop_once)
         settings = parse_settings(sys.argv[1:])
         run(settings, connect(settings))

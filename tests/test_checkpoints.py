@@ -94,9 +94,9 @@ def test_resume_in_another_world(tmp_path):
     flags = [
         *tiny_flags(tmp_path),
         "--val_loss_every=1",
-        "--train_batch_size=768",
-        "--micro_batches=12",
-        "--val_batch_size=768",
+        "--train_batch_size=384",
+        "--micro_batches=6",
+        "--val_batch_size=384",
     ]
     alone = run([*flags, "--save_every=15"])
     ours = val_losses(alone.stdout)

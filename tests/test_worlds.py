@@ -22,13 +22,14 @@ from train_gpt import GPT, StepInputs, Trainer, TrainLoader, UsageError, World, 
 
 
 def near(a, b):
-    return len(a) == len(b) == 21 and max(abs(x - y) for x, y in zip(a, b, strict=True)) <= 1e-3
+    return len(a) == len(b) > 10 and max(abs(x - y) for x, y in zip(a, b, strict=True)) <= 1e-3
 
 
 def test_one_to_four_processes_and_two_nodes(tmp_path):
     """12 micro-batches, which 2 to 4 ranks share out; matrices, which 3 do not divide; two agents."""
     flags = [
         *tiny_flags(tmp_path),
+        "--num_scheduled_iterations=8",
         "--val_loss_every=1",
         "--train_batch_size=768",
         "--micro_batches=12",
