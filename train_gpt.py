@@ -44,6 +44,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.utils import benchmark
 from tqdm import tqdm
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -1124,18 +1125,19 @@ def run_operators_on_gpu():
             # The compiler of a definition that calls this must not look inside.
             operator.run = torch.compiler.disable(functools.partial(_call_fused, operator.fused))
         else:
-            operator.run = functools.partial(_call_definition, operator.definition)
+            operator.run = functools.partial(run_definition, operator)
 
 
 def _call_fused(version, *args):
     return version(*(weight_handle(a) if isinstance(a, nn.Parameter) else a for a in args))
 
 
-def _call_definition(definition, *args):
-    args = [a.value if isinstance(a, Normed) else a for a in args]
+def run_definition(operator: Operator, *args):
+    """Call an operator's definition, in training compiled, with tensors in place of handles."""
+    args = [a.value if isinstance(a, (Normed, Weight)) else a for a in args]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return compiled(definition)(*args)
-    return definition(*args)
+        return compiled(operator.definition)(*args)
+    return operator.definition(*args)
 
 
 def on_hopper(x: Tensor) -> bool:
@@ -1178,7 +1180,7 @@ def _store_tile(ptr, start, column, T, stride, tile, ROWS, COLUMNS):
 # ------------------------------------------------------------------------------------------------------
 # Norm: `mix_norm` and `norm`
 
-EPS = torch.finfo(torch.float32).eps
+EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # as `rms_norm` has it
 
 
 @triton.jit
@@ -1192,7 +1194,6 @@ def _mix_norm_kernel(
     T,
     C,
     SCALE: tl.constexpr,
-    EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -1228,7 +1229,6 @@ def _mix_norm_backward_kernel(
     C,
     PROGRAMS,
     ADD: tl.constexpr,
-    EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Compute the gradient of x, store or add that of x0, and add those of a and b to what is there."""
@@ -1296,7 +1296,7 @@ class _MixNorm(torch.autograd.Function):
         e4m3 = torch.empty_like(x, dtype=torch.float8_e4m3fn) if quantize else None
         mixed = x if x0 is None else torch.empty_like(x)
         row = None if x0 is None else lambdas.value
-        sizes = {"SCALE": normed_scale(C), "EPS": EPS, "ROWS": 4, "BLOCK": triton.next_power_of_2(C)}
+        sizes = {"SCALE": normed_scale(C), "ROWS": 4, "BLOCK": triton.next_power_of_2(C)}
         _mix_norm_kernel[(triton.cdiv(T, 4),)](x, x0, row, mixed, h, e4m3, T, C, **sizes, num_warps=4)
         ctx.save_for_backward(x, x0)
         ctx.lambdas, ctx.shared = lambdas, shared
@@ -1312,7 +1312,7 @@ class _MixNorm(torch.autograd.Function):
         if x0 is not None:
             row, drow, add = ctx.lambdas.value, ctx.lambdas.grad, ctx.shared.total is not None
             dx0 = ctx.shared.total = ctx.shared.total if add else torch.empty_like(x0)
-        count, sizes = min(4096, T), {"ADD": add, "EPS": EPS, "BLOCK": triton.next_power_of_2(C)}
+        count, sizes = min(4096, T), {"ADD": add, "BLOCK": triton.next_power_of_2(C)}
         _mix_norm_backward_kernel[(count,)](
             x, x0, row, dmixed, dh, dx, dx0, drow, T, C, count, **sizes, num_warps=1
         )
@@ -1350,7 +1350,7 @@ SMALL_TILES = {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 6
 
 
 @triton.jit
-def _store_head(x, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column, T, EPS, H, D, BM):
+def _store_head(x, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column, T, H, D, BM):
     """Norm and rotary embedding of a head of q or k, or mixing of one of v, on its way to memory."""
     low, high = x.reshape(BM, 2, D // 2).permute(0, 2, 1).split()
     if column < 2 * H * D:
@@ -1386,7 +1386,6 @@ def _qkv_kernel(
     C,
     PROGRAMS,
     SCALE: tl.constexpr,
-    EPS: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
@@ -1407,10 +1406,8 @@ def _qkv_kernel(
         if column < 2 * H * D:
             cos, sin = cos_tiles.load([row, 0]), sin_tiles.load([row, 0])
         left, right = (y * SCALE).reshape(BM, 2, D).permute(0, 2, 1).split()
-        _store_head(left, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column, T, EPS, H, D, BM)
-        _store_head(
-            right, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column + D, T, EPS, H, D, BM
-        )
+        _store_head(left, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column, T, H, D, BM)
+        _store_head(right, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column + D, T, H, D, BM)
 
 
 class QKV(NamedTuple):
@@ -1436,11 +1433,37 @@ def qkv_forward(h: Normed, qkvo: Weight, ve: Tensor | None, lambdas: Tensor, rot
     tiles += [
         _descriptor(t, BM, D // 2) for t in (made.qkv.view(T, 3 * C), made.v_proj, ve, rotary.cos, rotary.sin)
     ]
-    sizes = {"SCALE": scale, "EPS": EPS, "H": C // D, "D": D, "BM": BM, "BK": BK}
+    sizes = {"SCALE": scale, "H": C // D, "D": D, "BM": BM, "BK": BK}
     options = {"num_warps": warps, "num_stages": stages}
     count = programs(x)
     _qkv_kernel[(count,)](*tiles, lambdas, made.factors, T, C, count, **sizes, **options)
     return made
+
+
+class Attended(NamedTuple):
+    """What attention's forward pass read and made, as the backward pass needs it. q, k and v: (T, H, D)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None  # of each head's output, before the sigmoid: (T, H)
+    mask: Mask
+    scale: Tensor
+    out: Tensor  # (T, H, D)
+    lse: Tensor  # base-2 log-sum-exp of each row's scores, less log2 of its gate: float32 (H, T)
+
+
+class QKVEnd(NamedTuple):
+    """What attention's backward kernels need to go on through norm, rotary and mixing; nothing without."""
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    factors: Tensor | None = None  # of `QKV`, as v_proj
+    v_proj: Tensor | None = None
+    ve: Tensor | None = None
+    dve: Tensor | None = None  # written
+    lambdas: Tensor | None = None
+    dlambdas: Tensor | None = None  # added to
 
 
 @triton.jit
@@ -1461,10 +1484,7 @@ def _attention_forward_kernel(
     v_tiles,
     q_tiles,
     out_tiles,
-    gate_ptr,
-    lse_ptr,
-    first_key_ptr,
-    scale_ptr,
+    a,
     T,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -1480,13 +1500,13 @@ def _attention_forward_kernel(
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
     inside = rows < T
-    scale = tl.load(scale_ptr) * 1.4426950408889634  # log2(e), for exp2
-    first_key = tl.load(first_key_ptr + rows, mask=inside, other=T)
-    low = tl.load(first_key_ptr + start) // BN * BN
+    scale = tl.load(a.scale) * 1.4426950408889634  # log2(e), for exp2
+    first_key = tl.load(a.mask.first_key + rows, mask=inside, other=T)
+    low = tl.load(a.mask.first_key + start) // BN * BN
     # From here on, all rows see every key before them.
-    full = tl.load(first_key_ptr + tl.minimum(start + BM, T) - 1)
-    if gate_ptr is not None:
-        gate = tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32)
+    full = tl.load(a.mask.first_key + tl.minimum(start + BM, T) - 1)
+    if a.gate is not None:
+        gate = tl.load(a.gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)
     q = q_tiles.load([start, head * D])  # last of all: loads by descriptor wait
     m_i = tl.full([BM], -1e30, tl.float32)  # finite: a row may see nothing in its tile's first keys
     l_i = tl.zeros([BM], tl.float32)
@@ -1504,10 +1524,10 @@ def _attention_forward_kernel(
         l_i = l_i * alpha + tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, out * alpha[:, None], input_precision="ieee")
         m_i = m_new
-    if gate_ptr is not None:
+    if a.gate is not None:
         l_i *= 1.0 + tl.exp(-gate)  # over the gate, a sigmoid
     out_tiles.store([start, head * D], (out / l_i[:, None]).to(out_tiles.dtype))
-    tl.store(lse_ptr + head * T + rows, m_i + tl.log2(l_i), mask=inside)
+    tl.store(a.lse + head * T + rows, m_i + tl.log2(l_i), mask=inside)
 
 
 @triton.jit
@@ -1526,19 +1546,12 @@ def _store_before_norm(ptr, start, column, T, stride, dx, x, factor, cos_ptr, si
 def _attention_query_kernel(
     k_tiles,
     v_tiles,
-    q_ptr,
-    out_ptr,
+    a,
+    end,
     dout_ptr,
-    cos_ptr,
-    sin_ptr,
     dq_ptr,
-    factor_ptr,
-    gate_ptr,
-    lse_ptr,
-    delta_ptr,
     dgate_ptr,
-    first_key_ptr,
-    scale_ptr,
+    delta_ptr,
     T,
     STRIDE: tl.constexpr,
     H: tl.constexpr,
@@ -1554,17 +1567,17 @@ def _attention_query_kernel(
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
     inside = rows < T
-    scale = tl.load(scale_ptr)
-    first_key = tl.load(first_key_ptr + rows, mask=inside, other=T)
-    lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=float("inf"))
-    low = tl.load(first_key_ptr + start) // BN * BN
-    full = tl.load(first_key_ptr + tl.minimum(start + BM, T) - 1)
-    q = _load_tile(q_ptr, start, head * D, T, STRIDE, BM, D)
+    scale = tl.load(a.scale)
+    first_key = tl.load(a.mask.first_key + rows, mask=inside, other=T)
+    lse = tl.load(a.lse + head * T + rows, mask=inside, other=float("inf"))
+    low = tl.load(a.mask.first_key + start) // BN * BN
+    full = tl.load(a.mask.first_key + tl.minimum(start + BM, T) - 1)
+    q = _load_tile(a.q, start, head * D, T, STRIDE, BM, D)
     dout = _load_tile(dout_ptr, start, head * D, T, H * D, BM, D)
-    out = _load_tile(out_ptr, start, head * D, T, H * D, BM, D)
+    out = _load_tile(a.out, start, head * D, T, H * D, BM, D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    if gate_ptr is not None:
-        gate = tl.sigmoid(tl.load(gate_ptr + rows * H + head, mask=inside, other=0.0).to(tl.float32))
+    if a.gate is not None:
+        gate = tl.sigmoid(tl.load(a.gate + rows * H + head, mask=inside, other=0.0).to(tl.float32))
         dgate = delta * (1.0 - gate)
         tl.store(dgate_ptr + rows * H + head, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
         delta = delta / tl.maximum(gate, 1e-30)  # where the gate is less, out is zero
@@ -1582,13 +1595,13 @@ def _attention_query_kernel(
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq *= scale
-    if factor_ptr is None:
+    if end.factors is None:
         _store_tile(dq_ptr, start, head * D, T, 3 * H * D, dq, BM, D)
     else:
-        factor = tl.load(factor_ptr + head * T + rows, mask=inside, other=0.0)
+        factor = tl.load(end.factors + head * T + rows, mask=inside, other=0.0)
         # Once more: the loop has no registers to keep it in.
-        q = _load_tile(q_ptr, start, head * D, T, STRIDE, BM, D).to(tl.float32)
-        _store_before_norm(dq_ptr, start, head * D, T, 3 * H * D, dq, q, factor, cos_ptr, sin_ptr, BM, D)
+        q = _load_tile(a.q, start, head * D, T, STRIDE, BM, D).to(tl.float32)
+        _store_before_norm(dq_ptr, start, head * D, T, 3 * H * D, dq, q, factor, end.cos, end.sin, BM, D)
 
 
 @triton.jit
@@ -1597,22 +1610,11 @@ def _attention_key_kernel(
     dout_tiles,
     k_tiles,
     v_tiles,
-    k_ptr,
-    v_proj_ptr,
-    ve_ptr,
-    dve_ptr,
-    cos_ptr,
-    sin_ptr,
+    a,
+    end,
     dk_ptr,
     dv_ptr,
-    factor_ptr,
-    lse_ptr,
     delta_ptr,
-    first_key_ptr,
-    last_query_ptr,
-    lambdas_ptr,
-    dlambdas_ptr,
-    scale_ptr,
     T,
     STRIDE: tl.constexpr,
     H: tl.constexpr,
@@ -1627,23 +1629,23 @@ def _attention_key_kernel(
     """
     head = tl.program_id(1)
     start = tl.program_id(0) * BN
-    scale = tl.load(scale_ptr)
-    end = tl.load(last_query_ptr + tl.minimum(start + BN, T) - 1) + 1
+    scale = tl.load(a.scale)
+    stop = tl.load(a.mask.last_query + tl.minimum(start + BN, T) - 1) + 1
     # Up to here, all queries see every key of the tile that is before them.
-    full = tl.load(last_query_ptr + start) + 1
+    full = tl.load(a.mask.last_query + start) + 1
     k = k_tiles.load([start, head * D])
     v = v_tiles.load([start, head * D])
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     key = tl.arange(0, BN)[:, None]
-    for m in range(start // BM * BM, end, BM):
+    for m in range(start // BM * BM, stop, BM):
         rows = m + tl.arange(0, BM)
         inside = rows < T
         q = q_tiles.load([m, head * D])
         dout = dout_tiles.load([m, head * D])
-        lse = tl.load(lse_ptr + head * T + rows, mask=inside, other=0.0)
+        lse = tl.load(a.lse + head * T + rows, mask=inside, other=0.0)
         delta = tl.load(delta_ptr + head * T + rows, mask=inside, other=0.0)
-        first_key = tl.load(first_key_ptr + rows, mask=inside, other=0)
+        first_key = tl.load(a.mask.first_key + rows, mask=inside, other=0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         partial = (m + BM > full) | (m < start + BN)
         scores = _masked(scores, (first_key - start)[None, :], key, (rows - start)[None, :], partial)
@@ -1652,25 +1654,25 @@ def _attention_key_kernel(
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    if factor_ptr is None:
+    if end.factors is None:
         _store_tile(dv_ptr, start, head * D, T, 3 * H * D, dv, BN, D)
         _store_tile(dk_ptr, start, head * D, T, 3 * H * D, dk * scale, BN, D)
     else:
         # The end asks early for what it reads, at most two tiles at a time: registers hold no more.
         keys = start + tl.arange(0, BN)
-        v_proj = _load_tile(v_proj_ptr, start, head * D, T, H * D, BN, D)
-        if ve_ptr is not None:
-            ve = _load_tile(ve_ptr, start, head * D, T, H * D, BN, D)
-        l0, l1 = tl.load(lambdas_ptr + 2), tl.load(lambdas_ptr + 3)
-        factor = tl.load(factor_ptr + (H + head) * T + keys, mask=keys < T, other=0.0)
+        v_proj = _load_tile(end.v_proj, start, head * D, T, H * D, BN, D)
+        if end.ve is not None:
+            ve = _load_tile(end.ve, start, head * D, T, H * D, BN, D)
+        l0, l1 = tl.load(end.lambdas + 2), tl.load(end.lambdas + 3)
+        factor = tl.load(end.factors + (H + head) * T + keys, mask=keys < T, other=0.0)
         _store_tile(dv_ptr, start, head * D, T, 3 * H * D, dv * l0, BN, D)
-        tl.atomic_add(dlambdas_ptr + 2, tl.sum(dv * v_proj.to(tl.float32)), sem="relaxed")
-        if ve_ptr is not None:
-            _store_tile(dve_ptr, start, head * D, T, H * D, dv * l1, BN, D)
-            tl.atomic_add(dlambdas_ptr + 3, tl.sum(dv * ve.to(tl.float32)), sem="relaxed")
-        k = _load_tile(k_ptr, start, head * D, T, STRIDE, BN, D).to(tl.float32)  # again, as q above
+        tl.atomic_add(end.dlambdas + 2, tl.sum(dv * v_proj.to(tl.float32)), sem="relaxed")
+        if end.ve is not None:
+            _store_tile(end.dve, start, head * D, T, H * D, dv * l1, BN, D)
+            tl.atomic_add(end.dlambdas + 3, tl.sum(dv * ve.to(tl.float32)), sem="relaxed")
+        k = _load_tile(a.k, start, head * D, T, STRIDE, BN, D).to(tl.float32)  # again, as q above
         dk *= scale
-        _store_before_norm(dk_ptr, start, head * D, T, 3 * H * D, dk, k, factor, cos_ptr, sin_ptr, BN, D)
+        _store_before_norm(dk_ptr, start, head * D, T, 3 * H * D, dk, k, factor, end.cos, end.sin, BN, D)
 
 
 def _attention_sizes(name: str, q: Tensor) -> dict:
@@ -1685,71 +1687,37 @@ def _head_tiles(rows: int, *tensors: Tensor) -> list[TensorDescriptor]:
     return [_descriptor(t.flatten(1), rows, t.size(2)) for t in tensors]
 
 
-class Attended(NamedTuple):
-    """What attention's forward pass read and made, as the backward pass needs it. q, k and v: (T, H, D)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gate: Tensor | None  # of each head's output, before the sigmoid: (T, H)
-    mask: Mask
-    scale: Tensor
-    out: Tensor  # (T, H, D)
-    lse: Tensor  # base-2 log-sum-exp of each row's scores, less log2 of its gate: float32 (H, T)
-
-
 def attention_forward(q, k, v, gate: Tensor | None, mask: Mask, scale: Tensor) -> Attended:
     """`flash_attention`, times a gate's sigmoid if one is given, as FlashAttention (arXiv 2205.14135)."""
     T, H, D = q.shape
-    out, lse = q.new_empty(T, H, D), q.new_empty(H, T, dtype=torch.float32)
+    a = Attended(q, k, v, gate, mask, scale, q.new_empty(T, H, D), q.new_empty(H, T, dtype=torch.float32))
     sizes = _attention_sizes("forward", q)
-    tiles = [*_head_tiles(sizes["BN"], k, v), *_head_tiles(sizes["BM"], q, out)]
-    grid = triton.cdiv(T, sizes["BM"]), H
-    _attention_forward_kernel[grid](*tiles, gate, lse, mask.first_key, scale, T, **sizes)
-    return Attended(q, k, v, gate, mask, scale, out, lse)
+    tiles = [*_head_tiles(sizes["BN"], k, v), *_head_tiles(sizes["BM"], q, a.out)]
+    _attention_forward_kernel[triton.cdiv(T, sizes["BM"]), H](*tiles, a, T, **sizes)
+    return a
 
 
-class QKVEnd(NamedTuple):
-    """What attention's backward kernels need to go on through mixing, rotary embedding and norm."""
-
-    made: QKV
-    ve: Tensor | None
-    dve: Tensor | None
-    lambdas: Weight
-    rotary: nn.Module
-
-
-def attention_backward_query(
-    dout: Tensor, a: Attended, end: QKVEnd | None, dqkv: Tensor
-) -> tuple[Tensor, Tensor]:
+def attention_backward_query(dout: Tensor, a: Attended, end: QKVEnd, dqkv: Tensor) -> tuple[Tensor, Tensor]:
     """Write the gradient of q into dqkv (T, 3, H, D); returns delta, float32 (H, T), and that of gate."""
     T, H, _ = a.q.shape
     delta, dgate = torch.empty_like(a.lse), None if a.gate is None else torch.empty_like(a.gate)
-    cos, sin, factors = (end.rotary.cos, end.rotary.sin, end.made.factors) if end else (None, None, None)
     sizes = _attention_sizes("query", a.q)
-    rows = (a.q, a.out, dout, cos, sin, dqkv, factors, a.gate, a.lse, delta, dgate, a.mask.first_key)
-    grid, tiles = (triton.cdiv(T, sizes["BM"]), H), _head_tiles(sizes["BN"], a.k, a.v)
-    _attention_query_kernel[grid](*tiles, *rows, a.scale, T, STRIDE=a.q.stride(0), **sizes)
+    tiles, grid = _head_tiles(sizes["BN"], a.k, a.v), (triton.cdiv(T, sizes["BM"]), H)
+    _attention_query_kernel[grid](*tiles, a, end, dout, dqkv, dgate, delta, T, STRIDE=a.q.stride(0), **sizes)
     return delta, dgate
 
 
-def attention_backward_key(dout: Tensor, a: Attended, end: QKVEnd | None, dqkv: Tensor, delta: Tensor):
+def attention_backward_key(dout: Tensor, a: Attended, end: QKVEnd, dqkv: Tensor, delta: Tensor):
     """Write the gradients of k and v into dqkv, and what `end` has besides."""
     T, H, _ = a.q.shape
     _, dk, dv = dqkv.unbind(1)
-    v_proj = ve = dve = cos = sin = factors = lambdas = dlambdas = None
-    if end:
-        v_proj, factors, ve, dve = end.made.v_proj, end.made.factors, end.ve, end.dve
-        cos, sin = end.rotary.cos, end.rotary.sin
-        lambdas, dlambdas = end.lambdas.value, end.lambdas.grad
     sizes = _attention_sizes("key", a.q)
     tiles = [*_head_tiles(sizes["BM"], a.q, dout), *_head_tiles(sizes["BN"], a.k, a.v)]
-    rows = (a.k, v_proj, ve, dve, cos, sin, dk, dv, factors, a.lse, delta, *a.mask, lambdas, dlambdas)
     grid = triton.cdiv(T, sizes["BN"]), H
-    _attention_key_kernel[grid](*tiles, *rows, a.scale, T, STRIDE=a.k.stride(0), **sizes)
+    _attention_key_kernel[grid](*tiles, a, end, dk, dv, delta, T, STRIDE=a.k.stride(0), **sizes)
 
 
-def attention_backward(dout: Tensor, a: Attended, end: QKVEnd | None = None) -> tuple[Tensor, Tensor | None]:
+def attention_backward(dout: Tensor, a: Attended, end: QKVEnd) -> tuple[Tensor, Tensor | None]:
     """Gradients of q, k and v, (T, 3, H, D), and of gate. With an end, those of the qkv kernel's product."""
     dqkv = dout.new_empty(len(dout), 3, *dout.shape[1:])
     delta, dgate = attention_backward_query(dout, a, end, dqkv)
@@ -1770,8 +1738,8 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        mask, scale = ctx.rest
-        dqkv, _ = attention_backward(dout.contiguous(), Attended(q, k, v, None, mask, scale, out, lse))
+        a = Attended(q, k, v, None, *ctx.rest, out, lse)
+        dqkv, _ = attention_backward(dout.contiguous(), a, QKVEnd())
         return *dqkv.unbind(1), None, None
 
 
@@ -1809,7 +1777,7 @@ class _Attention(torch.autograd.Function):
         dout = (dx @ qkvo.value.view(4, C, C)[3]).view_as(out)
         dve = None if ve is None else torch.empty_like(ve)
         attended = Attended(*qkv.unbind(1), gates, mask, rotary.scale, out, lse)
-        end = QKVEnd(QKV(qkv, v_proj, factors), ve, dve, lambdas, rotary)
+        end = QKVEnd(rotary.cos, rotary.sin, factors, v_proj, ve, dve, lambdas.value, lambdas.grad)
         dqkv, dgates = attention_backward(dout, attended, end)
         dqkv = dqkv.view(T, 3 * C)
         dqkvo[: 3 * C].addmm_(dqkv.t(), h)
@@ -1912,32 +1880,18 @@ def mlp_hidden_backward(dy: Tensor, c_proj: Tensor, hidden: Tensor) -> tuple[Ten
     return dhidden, wide
 
 
-def relu_squared_(x: Tensor) -> Tensor:
-    """ReLU^2 in place: the hidden units of a validation batch are large."""
-    return x.copy_(torch.relu(x).square())
-
-
-def relu_squared_backward(dout: Tensor, squares: Tensor) -> Tensor:
-    """The gradient of what ReLU^2 made squares of."""
-    return (dout * (2 * squares.float().sqrt())).to(dout.dtype)
-
-
 class _MLP(torch.autograd.Function):
-    """`mlp`. Gradients of its weights are added straight into theirs.
+    """`mlp` in FP8 training. Gradients of its weights are added straight into theirs.
 
-    With FP8 copies, hidden units are kept in e4m3 alone: that is what c_proj multiplies, and what its
-    gradient and the slope of ReLU^2 are taken of.
+    Hidden units are kept in e4m3 alone: that is what c_proj multiplies, and what its gradient and the slope
+    of ReLU^2 are taken of.
     """
 
     @staticmethod
     def forward(ctx, x, h, e4m3, c_fc, c_proj):
-        if e4m3 is None or c_fc.e4m3_t is None:
-            hidden = call_compiled(relu_squared_, h @ c_fc.value)
-            y = F.linear(hidden, c_proj.value)
-        else:
-            hidden = mlp_hidden(e4m3, c_fc.e4m3_t)
-            scales = constant(1.0, x.device), constant(WEIGHT_SCALE, x.device)
-            y = torch._scaled_mm(hidden, c_proj.e4m3.t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
+        hidden = mlp_hidden(e4m3, c_fc.e4m3_t)
+        scales = constant(1.0, x.device), constant(WEIGHT_SCALE, x.device)
+        y = torch._scaled_mm(hidden, c_proj.e4m3.t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
         ctx.save_for_backward(h, hidden)
         ctx.weights = c_fc, c_proj
         return x + y
@@ -1945,29 +1899,27 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx):
         (h, hidden), (c_fc, c_proj), dx = ctx.saved_tensors, ctx.weights, dx.contiguous()
-        if hidden.dtype == dx.dtype:
-            dhidden = call_compiled(relu_squared_backward, dx @ c_proj.value, hidden)
-            c_fc_read = c_fc.value
-        else:
-            dhidden, hidden = mlp_hidden_backward(dx, c_proj.read, hidden)
-            c_fc_read = c_fc.read
+        dhidden, hidden = mlp_hidden_backward(dx, c_proj.dequantized, hidden)
         c_proj.grad.addmm_(dx.t(), hidden)
         c_fc.grad.addmm_(h.t(), dhidden)
-        return dx, dhidden @ c_fc_read.t(), None, None, None
+        return dx, dhidden @ c_fc.dequantized.t(), None, None, None
 
 
 @fused(mlp)
 def mlp_fused(x: Tensor, h: Tensor | Normed, c_fc: Weight, c_proj: Weight) -> Tensor:
-    """As `mlp`."""
+    """As `mlp`, which runs as it stands where its weights have no FP8 copies."""
+    if c_fc.e4m3_t is None:
+        return run_definition(mlp, x, h, c_fc, c_proj)
     h = normed_handle(h, c_fc)
     return _MLP.apply(x, h.value, h.e4m3, c_fc, c_proj)
 
 
 # ------------------------------------------------------------------------------------------------------
 # Loss: `softcapped_cross_entropy` and `head_loss`. Logits are 30 sigmoid(z / 7.5) = 15 (1 + tanh(z / 15)),
-# in base 2 CAP (1 + tanh(SLOPE z)).
+# in base 2 CAP (1 + tanh(SLOPE z)). Triton's interpreter asks that such constants stand on the right.
 
-CAP, SLOPE = SOFTCAP / 2 / math.log(2), 0.5 / SOFTCAP_SLOPE
+CAP = tl.constexpr(SOFTCAP / 2 / math.log(2))
+SLOPE = tl.constexpr(0.5 / SOFTCAP_SLOPE)
 
 
 @triton.jit
@@ -1981,27 +1933,17 @@ def _tanh(x, EXACT):
 
 
 @triton.jit
-def _loss_kernel(
-    z_ptr,
-    target_ptr,
-    loss_ptr,
-    lse_ptr,
-    V,
-    CAP: tl.constexpr,
-    SLOPE: tl.constexpr,
-    EXACT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _loss_kernel(z_ptr, target_ptr, loss_ptr, lse_ptr, V, EXACT: tl.constexpr, BLOCK: tl.constexpr):
     """Loss and base-2 log-sum-exp of one row; 2 CAP stands in for its largest logit."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + row * V + at, mask=at < V, other=0.0).to(tl.float32)
-        total += tl.where(at < V, tl.exp2(CAP * _tanh(SLOPE * z, EXACT) - CAP), 0.0)
+        total += tl.where(at < V, tl.exp2(_tanh(z * SLOPE, EXACT) * CAP - CAP), 0.0)
     lse = tl.log2(tl.sum(total, 0)) + 2 * CAP
     z = tl.load(z_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32)
-    loss = (lse - CAP - CAP * _tanh(SLOPE * z, EXACT)) * 0.6931471805599453  # ln(2)
+    loss = (lse - CAP - _tanh(z * SLOPE, EXACT) * CAP) * 0.6931471805599453  # ln(2)
     tl.store(loss_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
 
@@ -2033,15 +1975,15 @@ def _e5m2_bytes(pair):
 
 
 @triton.jit
-def _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, CAP, SLOPE, EXACT):
+def _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, EXACT):
     """The gradient of z at rows x columns, float32, by GAIN, the softcap's slope at 0; and what is inside."""
     inside = (rows[:, None] < T) & (columns[None, :] < V)
     z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    base = CAP - tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
+    shift = tl.load(lse_ptr + rows, mask=rows < T, other=0.0) - CAP
     target = tl.load(target_ptr + rows, mask=rows < T, other=0)
     dloss = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0) * GAIN
-    tanh = _tanh(SLOPE * z, EXACT)
-    p = tl.exp2(CAP * tanh + base[:, None])
+    tanh = _tanh(z * SLOPE, EXACT)
+    p = tl.exp2(tanh * CAP - shift[:, None])
     p = tl.where(columns.to(tl.int32)[None, :] == target[:, None], p - 1.0, p)
     return p * (1.0 - tanh * tanh) * dloss[:, None], inside
 
@@ -2058,8 +2000,6 @@ def _loss_backward_kernel(
     V,
     QUADS,
     GAIN: tl.constexpr,
-    CAP: tl.constexpr,
-    SLOPE: tl.constexpr,
     FP8: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -2072,10 +2012,10 @@ def _loss_backward_kernel(
         rows = 4 * quads + 2 * half
         at = rows[:, None] * V + columns[None, :]
         low, low_inside = _loss_gradient(
-            z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, CAP, SLOPE, not FP8
+            z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, not FP8
         )
         high, high_inside = _loss_gradient(
-            z_ptr, target_ptr, lse_ptr, dloss_ptr, rows + 1, columns, T, V, GAIN, CAP, SLOPE, not FP8
+            z_ptr, target_ptr, lse_ptr, dloss_ptr, rows + 1, columns, T, V, GAIN, not FP8
         )
         if FP8:
             pair = _e5m2_pair(low, high)
@@ -2100,8 +2040,7 @@ def cross_entropy_forward(z: Tensor, targets: Tensor, exact: bool) -> tuple[Tens
     """Loss and base-2 log-sum-exp of each row of z (T, V), float32 (T,); unless exact, tanh is to 2^-11."""
     T, V = z.shape
     loss, lse = z.new_empty(T, dtype=torch.float32), z.new_empty(T, dtype=torch.float32)
-    sizes = {"CAP": CAP, "SLOPE": SLOPE, "EXACT": exact, "BLOCK": 2048}
-    _loss_kernel[(T,)](z, targets, loss, lse, V, **sizes, num_warps=4)
+    _loss_kernel[(T,)](z, targets, loss, lse, V, EXACT=exact, BLOCK=2048, num_warps=4)
     return loss, lse
 
 
@@ -2116,8 +2055,8 @@ def cross_entropy_backward(
     dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
     dzt = dz.new_empty(V, T) if fp8 else None
     out, words = (dz.view(torch.uint8), dzt.view(torch.int32)) if fp8 else (dz, None)
-    gain = SOFTCAP / 2 * SLOPE * (1 / GRAD_SCALE if fp8 else 1)
-    sizes = {"GAIN": gain, "CAP": CAP, "SLOPE": SLOPE, "FP8": fp8, "BM": 16, "BN": 128}
+    gain = SOFTCAP / (4 * SOFTCAP_SLOPE) * (1 / GRAD_SCALE if fp8 else 1)
+    sizes = {"GAIN": gain, "FP8": fp8, "BM": 16, "BN": 128}
     _loss_backward_kernel[triton.cdiv(V, 128), triton.cdiv(T, 64)](
         z, targets, lse, dloss, out, words, T, V, T // 4, **sizes, num_warps=4
     )
@@ -2146,48 +2085,37 @@ def softcapped_cross_entropy_fused(z: Tensor, targets: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """`head_loss`. With FP8 copies of both operands, the gradients contract them too."""
+    """`head_loss` in FP8 training: e4m3 x e4m3 forward, e5m2 x e4m3 back, and an approximate softcap."""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, copies):
-        ctx.fp8 = copies is not None
-        if ctx.fp8:
-            h_e4m3, e4m3, e4m3_t = copies
-            scales = [constant(x, h.device) for x in (normed_scale(h.size(1)), WEIGHT_SCALE, GRAD_SCALE)]
-            z = torch._scaled_mm(h_e4m3, e4m3.t(), *scales[:2], out_dtype=torch.bfloat16, use_fast_accum=True)
-            operands = (h_e4m3, e4m3_t, *scales)
-        else:
-            z = h @ weight.t()
-            operands = (h, weight)
-        loss, lse = cross_entropy_forward(z, targets, exact=not ctx.fp8)
+    def forward(ctx, h, weight, targets, h_e4m3, e4m3, e4m3_t):
+        scales = [constant(x, h.device) for x in (normed_scale(h.size(1)), WEIGHT_SCALE, GRAD_SCALE)]
+        z = torch._scaled_mm(h_e4m3, e4m3.t(), *scales[:2], out_dtype=torch.bfloat16, use_fast_accum=True)
+        loss, lse = cross_entropy_forward(z, targets, exact=False)
         ctx.z = z  # not a saved tensor: the largest of all, it goes before the products of the backward pass
-        ctx.save_for_backward(targets, lse, *operands)
+        ctx.save_for_backward(targets, lse, h_e4m3, e4m3_t, *scales)
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        targets, lse, *operands = ctx.saved_tensors
-        dz, dzt = cross_entropy_backward(ctx.z, targets, lse, dloss.contiguous(), ctx.fp8)
+        targets, lse, h_e4m3, e4m3_t, h_scale, w_scale, z_scale = ctx.saved_tensors
+        dz, dzt = cross_entropy_backward(ctx.z, targets, lse, dloss.contiguous(), fp8=True)
         ctx.z = None
-        if not ctx.fp8:
-            h, weight = operands
-            return dz @ weight, (dz.t() @ h).float(), None, None
-        h_e4m3, e4m3_t, h_scale, w_scale, z_scale = operands
         h_t = call_compiled(transposed, h_e4m3.view(torch.uint8)).view(h_e4m3.dtype)
         dh = torch._scaled_mm(dz, e4m3_t.t(), z_scale, w_scale, out_dtype=torch.bfloat16)
         dw = torch._scaled_mm(dzt, h_t.t(), z_scale, h_scale, out_dtype=torch.float32)
-        return dh, dw, None, None
+        return dh, dw, None, None, None, None
 
 
 @fused(head_loss)
 def head_loss_fused(h: Tensor, lm_head: Weight, targets: Tensor) -> Tensor:
-    """As `head_loss`; in FP8 training e4m3 x e4m3 forward, e5m2 x e4m3 back, and an approximate softcap."""
+    """As `head_loss`, which runs as it stands but for FP8 training."""
     if not (torch.is_grad_enabled() and in_fp8(h.device, "head")):
-        return _HeadLoss.apply(h, lm_head.value, targets, None)
+        return run_definition(head_loss, h, lm_head, targets)
     if lm_head.e4m3 is None:  # some other table stands in for the head
         lm_head = lm_head._replace(**fp8_copies(lm_head.value.detach(), FP8_COPIES["lm_head"]))
     h_e4m3 = call_compiled(to_e4m3, h.detach(), normed_scale(h.size(1)))
-    return _HeadLoss.apply(h, lm_head.value, targets, (h_e4m3, lm_head.e4m3, lm_head.e4m3_t))
+    return _HeadLoss.apply(h, lm_head.value, targets, h_e4m3, lm_head.e4m3, lm_head.e4m3_t)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2858,23 +2786,10 @@ def describe_machine(world: World) -> str:
     return "\n".join(lines)
 
 
-def seconds_a_call(call, gpu: bool, repeats: int | None = None) -> float:
-    """Of a call, the middle of three bursts: of so many calls, or of as many as fill 50 ms (on a CPU 15)."""
-    bursts, count = [], repeats or 1
-    while len(bursts) < 3:
-        if gpu:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(count):
-            call()
-        if gpu:
-            torch.cuda.synchronize()
-        spent = time.perf_counter() - began
-        if repeats or spent > (0.05 if gpu else 0.015):
-            bursts.append(spent / count)
-        else:
-            count *= 2
-    return sorted(bursts)[1]
+def seconds_a_call(call, repeats: int = 0) -> float:
+    """Of a call, the device included: the median over 0.1 s, or the mean of so many repeats."""
+    timer = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return (timer.timeit(repeats) if repeats else timer.blocked_autorange(min_run_time=0.1)).median
 
 
 def calibrate(s: Hyperparameters, world: World) -> str:
@@ -2886,7 +2801,6 @@ def calibrate(s: Hyperparameters, world: World) -> str:
     """
     device, gpu, C, V = world.device, world.device.type == "cuda", s.model_dim, s.padded_vocab_size
     T = step_shape(0, s).micro_batch_tokens
-    seconds = functools.partial(seconds_a_call, gpu=gpu)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(world.dtype)
@@ -2898,22 +2812,22 @@ def calibrate(s: Hyperparameters, world: World) -> str:
         command = ["nvidia-smi", query, "--format=csv,noheader,nounits", own]
         smi = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     x, w, out, small = normal(T, C), normal(C, 4 * C), normal(T, 4 * C), normal(1)
-    spent = seconds(lambda: torch.mm(x, w, out=out))
+    spent = seconds_a_call(lambda: torch.mm(x, w, out=out))
     figures = [f"{str(world.dtype)[6:]}_gemm={8e-12 * T * C**2 / spent:.4g}TFLOP/s"]
     if in_fp8(device, "head"):
         a, b = x.to(torch.float8_e4m3fn), normal(V, C).to(torch.float8_e4m3fn).t()
         kinds = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
         one = constant(1.0, device)
-        spent = seconds(lambda: torch._scaled_mm(a, b, one, one, **kinds))
+        spent = seconds_a_call(lambda: torch._scaled_mm(a, b, one, one, **kinds))
         figures.append(f"fp8_gemm={2e-12 * T * C * V / spent:.4g}TFLOP/s")
     big = torch.ones(2**26 if gpu else 2**23, device=device)
     other = big.clone()
-    figures.append(f"copy={2e-9 * big.nbytes / seconds(lambda: other.copy_(big)):.4g}GB/s")
+    figures.append(f"copy={2e-9 * big.nbytes / seconds_a_call(lambda: other.copy_(big)):.4g}GB/s")
     if world.size > 1:
         part = other[: len(other) // 4]
-        spent = seconds(lambda: dist.all_reduce(part), repeats=5)
+        spent = seconds_a_call(lambda: dist.all_reduce(part), repeats=5)
         figures.append(f"all_reduce={2e-9 * (world.size - 1) / world.size * part.nbytes / spent:.4g}GB/s")
-    figures.append(f"launch={1e6 * seconds(lambda: small.add_(1)):.3g}us")
+    figures.append(f"launch={1e6 * seconds_a_call(lambda: small.add_(1)):.3g}us")
     if smi:
         units = zip(("sm_clock", "memory_clock", "power_limit"), ("MHz", "MHz", "W"), strict=True)
         for (name, unit), value in zip(units, smi.communicate()[0].split(","), strict=False):

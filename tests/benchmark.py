@@ -248,8 +248,8 @@ def attention_launches(name: str) -> list:
     h, qkvo, ve, gate, lambdas, rotary = attention_inputs()
     made = g.qkv_forward(g.Normed(h), g.Weight(qkvo), ve, lambdas, rotary)
     dout, dqkv = random(T, HEADS, HEAD_DIM), torch.empty_like(made.qkv)
-    weight = g.Weight(lambdas, torch.zeros_like(lambdas))
-    end = g.QKVEnd(made, ve, torch.empty_like(ve), weight, rotary)
+    values = made.factors, made.v_proj, ve, torch.empty_like(ve)
+    end = g.QKVEnd(rotary.cos, rotary.sin, *values, lambdas, torch.zeros_like(lambdas))
     launches = []
     for window in WINDOWS:
         given = (*made.qkv.unbind(1), gate, document_mask(window), rotary.scale)

@@ -20,42 +20,43 @@ from triton.compiler import ASTSource
 import train_gpt as g
 
 INTEGERS = ("T", "V", "C", "N", "K", "QUADS", "PROGRAMS")
-INTEGER_POINTERS = ("target_ptr", "tokens_ptr", "first_key_ptr", "last_query_ptr", "words_ptr")
+INTEGER_POINTERS = ("target_ptr", "tokens_ptr", "words_ptr")
 FLOAT_POINTERS = (
-    *("lse_ptr", "delta_ptr", "scale_ptr", "loss_ptr", "dloss_ptr", "table_ptr"),
+    *("lse_ptr", "delta_ptr", "loss_ptr", "dloss_ptr", "table_ptr"),
     *("lambdas_ptr", "dlambdas_ptr", "factor_ptr"),
 )
 TYPES = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(INTEGER_POINTERS, "*i32")
 TYPES |= dict.fromkeys(FLOAT_POINTERS, "*fp32") | {"e4m3_ptr": "*fp8e4nv"}
-NORM = {"EPS": g.EPS, "BLOCK": 1024}
+# Handles, a type a field; no type stands for no tensor.
+WIDE, NARROW = "*fp32", "*bf16"
+GATED = g.Attended(NARROW, NARROW, NARROW, NARROW, g.Mask("*i32", "*i32"), WIDE, NARROW, WIDE)
+MIXED = g.QKVEnd(NARROW, NARROW, WIDE, NARROW, NARROW, NARROW, WIDE, WIDE)
+TYPES |= {"a": GATED, "end": MIXED}
+UNGATED = {"a": GATED._replace(gate=None)}
+PLAIN = UNGATED | {"end": g.QKVEnd()}
+WITHOUT_VE = {"end": MIXED._replace(ve=None, dve=None)}
+NORM = {"BLOCK": 1024}
 ALONE = {"x0_ptr": None, "lambdas_ptr": None}
-CAP = {"CAP": g.CAP, "SLOPE": g.SLOPE}
-UNGATED = {"gate_ptr": None}
-PLAIN_QUERY = {"gate_ptr": None, "dgate_ptr": None, "factor_ptr": None, "cos_ptr": None, "sin_ptr": None}
-WITHOUT_VE = {"ve_ptr": None, "dve_ptr": None}
-PLAIN_KEY = WITHOUT_VE | {
-    name: None for name in ("v_proj_ptr", "factor_ptr", "cos_ptr", "sin_ptr", "lambdas_ptr", "dlambdas_ptr")
-}
 
 
 def descriptor(kind, rows, columns):
     return f"tensordesc<{kind}[{rows}, {columns}]>"
 
 
-def attention(name, constants=None, stride=3 * 768):
+def attention(name, handles=None, constants=None, stride=3 * 768):
     BM, BN, warps, stages = g.HOPPER_TILES[name]
     keys = {"k_tiles", "v_tiles"}
     tiles = keys | {"q_tiles", "out_tiles", "dout_tiles"}
     types = {tile: descriptor("bf16", BN if tile in keys else BM, 128) for tile in tiles}
     sizes = {"H": 6, "D": 128, "BM": BM, "BN": BN} | ({} if name == "forward" else {"STRIDE": stride})
-    return sizes | (constants or {}), types, warps, stages
+    return sizes | (constants or {}), types | (handles or {}), warps, stages
 
 
 def qkv(kind, depth, constants=None):
     BM, _, warps, stages = g.HOPPER_QKV
     types = {"h": descriptor(kind, BM, depth), "weight": descriptor(kind, 256, depth)}
     types |= dict.fromkeys(("qkv", "v_proj", "ve", "cos_tiles", "sin_tiles"), descriptor("bf16", BM, 64))
-    sizes = {"SCALE": 1.0, "EPS": g.EPS, "H": 6, "D": 128, "BM": BM, "BK": depth}
+    sizes = {"SCALE": 1.0, "H": 6, "D": 128, "BM": BM, "BK": depth}
     return sizes | (constants or {}), types, warps, stages
 
 
@@ -72,7 +73,7 @@ def mlp(backward):
 
 
 def loss_backward(constants, types):
-    return g._loss_backward_kernel, CAP | {"BM": 16, "BN": 128} | constants, types, 4, 3
+    return g._loss_backward_kernel, {"BM": 16, "BN": 128} | constants, types, 4, 3
 
 
 def mix_norm(constants):
@@ -86,14 +87,14 @@ KERNELS = {
     "forward": (g._attention_forward_kernel, *attention("forward")),
     "forward alone": (g._attention_forward_kernel, *attention("forward", UNGATED)),
     "query": (g._attention_query_kernel, *attention("query")),
-    "query alone": (g._attention_query_kernel, *attention("query", PLAIN_QUERY, 768)),
+    "query alone": (g._attention_query_kernel, *attention("query", PLAIN, {"dgate_ptr": None}, 768)),
     "key": (g._attention_key_kernel, *attention("key")),
     "key without ve": (g._attention_key_kernel, *attention("key", WITHOUT_VE)),
-    "key alone": (g._attention_key_kernel, *attention("key", PLAIN_KEY, 768)),
+    "key alone": (g._attention_key_kernel, *attention("key", PLAIN, stride=768)),
     "mlp": (g._mlp_kernel, *mlp(False)),
     "mlp backward": (g._mlp_kernel, *mlp(True)),
-    "loss": (g._loss_kernel, CAP | {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
-    "loss exact": (g._loss_kernel, CAP | {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
+    "loss": (g._loss_kernel, {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
+    "loss exact": (g._loss_kernel, {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
     "loss backward fp8": loss_backward({"GAIN": 448.0, "FP8": True}, {"dz_ptr": "*u8"}),
     "loss backward bf16": loss_backward({"GAIN": 1.0, "FP8": False, "words_ptr": None}, {}),
     "mix_norm": mix_norm({}),
@@ -116,16 +117,31 @@ if sys.argv[1] == "--list":
     sys.exit()
 
 
+def leaves(place, kind):
+    # The (place, type) of everything in an argument's type, of which a handle's is a tuple.
+    if not isinstance(kind, tuple):
+        return [(place, kind)]
+    return [leaf for i, each in enumerate(kind) for leaf in leaves((*place, i), each)]
+
+
+def without_none(kind):
+    # A handle's type as Triton takes it: what is not there is a constant.
+    if isinstance(kind, tuple):
+        return type(kind)(*map(without_none, kind))
+    return kind or "constexpr"
+
+
 def compile_kernel(kernel, constants, types, warps, stages):
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else (TYPES | types).get(n, "*bf16") for n in names}
-    given = [i for i, n in enumerate(names) if signature[n] != "constexpr"]
-    plain = [i for i in given if not signature[names[i]].startswith("tensordesc")]
+    given = [leaf for i, n in enumerate(names) for leaf in leaves((i,), signature[n])]
+    absent = {place: None for place, kind in given if kind is None}
+    pointers = [place for place, kind in given if kind and not kind.startswith(("tensordesc", "constexpr"))]
     source = ASTSource(
         fn=kernel,
-        signature=signature,
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in plain},
+        signature={name: without_none(kind) for name, kind in signature.items()},
+        constexprs={(names.index(n),): value for n, value in constants.items()} | absent,
+        attrs={place: [["tt.divisibility", 16]] for place in pointers},
     )
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
