@@ -10,7 +10,7 @@ operators, and parameters sharded over GPUs. Part III runs it: training, log, ch
 Each part is made of rooms, and a room uses only rooms above it.
 
 Measured on one NVIDIA H100 (torch 2.11, Triton 3.6): the record's 262,144-token steps take 341 ms and
-15.6 GiB, with step 0 after 26 s from warm caches, 70 s from empty ones. README.md says on what data.
+15.6 GiB, with step 0 after 26 s from warm caches, 75 s from empty ones. README.md says on what data.
 """
 
 import argparse

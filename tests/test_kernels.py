@@ -955,14 +955,15 @@ def test_model(fp8, operators, train_in_fp8):
     found_losses, found = run_model(model, batch, inputs)
     assert relative(found_losses, losses) < loss_tolerance
     assert found.keys() == grads.keys() and not found["blocks.0.lambdas"].any()
-    few = [
-        name for name, grad in grads.items() if grad.numel() < 64
-    ]  # together: where few sums cancel, one is rough
+    few = [name for name, grad in grads.items() if grad.numel() < 64]
     for name in grads.keys() - set(few):
-        assert relative(found[name], grads[name]) < tolerance, name
-    assert (
-        relative(*(torch.cat([each[name].flatten() for name in few]) for each in (found, grads))) < tolerance
-    )
+        # Near one, at which gradients start, numbers in bf16 are 2^-7 apart.
+        spacing = 2**-7 if model.get_parameter(name).grad.dtype == torch.bfloat16 else 0
+        bound = tolerance * grads[name].norm() + spacing * (grads[name].numel() / 12) ** 0.5
+        assert (found[name] - grads[name]).norm() < bound, name
+    # The few sums together: where they cancel, one is rough.
+    few_found, few_wanted = (torch.cat([each[name].flatten() for name in few]) for each in (found, grads))
+    assert relative(few_found, few_wanted) < tolerance
     with torch.no_grad():
         model.eval()
         assert relative(model(batch, inputs), losses) < exactness  # an evaluation is not in FP8
