@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -162,6 +163,29 @@ def test_tests_of_another_script(project, tmp_path):
     done, told = project(0, "test", cwd=tmp_path, SCRIPT="none.py")
     refused(done, "none.py is no file")
     assert not told
+
+
+STARTED = """
+import conftest, subprocess, sys, train_gpt
+from pathlib import Path
+script = Path(train_gpt.__file__)
+program = "import train_gpt; print(train_gpt.MARK)"
+exec(program)
+sys.stdout.flush()
+subprocess.run([sys.executable, "-c", program], cwd=script.parent, check=True)
+print(script.name, script.read_text())
+"""
+
+
+def test_script_stands_in_for_train_gpt(tmp_path):
+    """Where tests import it, where what they start imports it, and where they read it."""
+    (tmp_path / "idea.py").write_text("MARK = 7")
+    environment = os.environ | {"SCRIPT": "idea.py", "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-c", STARTED]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == ["7", "7", "train_gpt.py MARK = 7"]
 
 
 def test_record(project):
