@@ -8,14 +8,15 @@ is smaller, because it came without its tests, it is gone through again in a new
 the Python version.
 """
 
+import argparse
 import os
 import random
+import signal
+import struct
 import sys
 import sysconfig
 import zlib
 from pathlib import Path
-
-import numpy as np
 
 MAGIC = 20240520
 VERSION = 1
@@ -33,22 +34,26 @@ def source_files() -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
+def tokens_of(text: bytes) -> bytes:
+    """A document's tokens, little-endian uint16: a BOS, then one for each byte."""
+    tokens = bytearray(2 + 2 * len(text))
+    tokens[:2] = struct.pack("<H", BOS)
+    tokens[2::2] = text
+    return tokens
+
+
 def write_shard(path: Path, documents: list[bytes]):
     """One shard of whole documents, under a temporary name until it is complete."""
-    pieces = [np.concatenate([[BOS], np.frombuffer(text, np.uint8)]) for text in documents]
-    tokens = np.concatenate(pieces).astype("<u2")
-    header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
+    tokens = b"".join(map(tokens_of, documents))
+    count = len(tokens) // 2
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        file.write(header.tobytes() + tokens.tobytes())
+    partial.write_bytes(struct.pack("<256i", MAGIC, VERSION, count, *[0] * 253) + tokens)
     os.replace(partial, path)
-    print(f"{path}: {len(tokens):,} tokens in {len(documents):,} documents")
+    print(f"{path}: {count:,} tokens in {len(documents):,} documents")
 
 
-def main() -> int:
-    """Write the validation shard and the training shards; returns the exit code."""
-    folder = Path(__file__).parent / "sample"
+def write_sample(folder: Path):
+    """The validation shard and the training shards."""
     folder.mkdir(exist_ok=True)
     # One file in sixteen, by its text, is kept for validation.
     train = []
@@ -60,9 +65,7 @@ def main() -> int:
     shuffle(val)
     size = sum(map(len, val))
     if size <= VAL_TOKENS:
-        message = f"this Python has only {size} bytes of library source to validate on"
-        print(f"data/sample.py: {message}", file=sys.stderr)
-        return 1
+        end(1, f"this Python has only {size} bytes of library source to validate on")
     write_shard(folder / "sample_val_000000.bin", val)
     for number in range(1, SHARDS + 1):
         documents = []
@@ -70,6 +73,30 @@ def main() -> int:
             shuffle(train)
             documents += train[: DOCUMENTS - len(documents)]
         write_shard(folder / f"sample_train_{number:06d}.bin", documents)
+
+
+def end(code: int, message: str):
+    """End the program with one line."""
+    print(f"data/sample.py: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusals are one line."""
+
+    def error(self, message: str):
+        end(2, f"{message}; it takes none")
+
+
+def main() -> int:
+    """Write the sample; returns the exit code."""
+    signal.signal(signal.SIGINT, lambda *_: end(130, "stopped; the same command writes the sample anew"))
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    folder = Path(__file__).parent / "sample"
+    try:
+        write_sample(folder)
+    except OSError as error:
+        end(1, f"{error.filename or folder}: {error.strerror}; the sample cannot be written")
     return 0
 
 

@@ -1,7 +1,11 @@
-"""Without a GPU, kernels run in Triton's interpreter: the variable must be set before triton is imported."""
+"""Without a GPU, kernels run in Triton's interpreter: the variable must be set before triton is imported.
+
+The tests are of train_gpt.py or, under that name, of the script that the variable SCRIPT names.
+"""
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +14,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
+if os.environ.get("SCRIPT"):
+    # Tests find it, and start it, in a folder of its own, which goes when they end.
+    _folder = tempfile.TemporaryDirectory()
+    (Path(_folder.name) / "train_gpt.py").symlink_to(Path(os.environ["SCRIPT"]).resolve(strict=True))
+    sys.path.insert(0, _folder.name)
 
 import numpy as np  # noqa: E402
 import triton.language as tl  # noqa: E402

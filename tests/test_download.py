@@ -5,10 +5,14 @@ import os
 import pty
 import re
 import shutil
+import signal
+import socket
+import struct
 import subprocess
 import sys
 import termios
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +21,16 @@ import pytest
 from shards import write_shard
 
 SCRIPT = Path(__file__).parent.parent / "data" / "cached_fineweb10B.py"
+# What Python runs at its start: waits are noted and short.
+SHORT_WAITS = """
+import time
+sleep = time.sleep
+def short(seconds):
+    with open({waits!r}, "a") as file:
+        print(seconds, file=file)
+    sleep(0.01)
+time.sleep = short
+"""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -24,6 +38,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+    @staticmethod
+    def etag(data):
+        return hashlib.sha256(data).hexdigest()
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -39,9 +57,15 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("Content-Length", "0")
             return self.end_headers()
+        self.server.asked.append((self.command, name))
+        trouble = self.server.trouble.get((self.command, name))
+        if trouble:
+            return self.fail(*trouble.pop(0))
+        if body and name in self.server.held:
+            self.server.release.wait(60)
         start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
         self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("ETag", f'"{self.etag(data)}"')
         self.send_header("X-Repo-Commit", "0" * 40)
         self.send_header("Content-Length", str(len(data) - start))
         if start:
@@ -49,8 +73,29 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.server.gets.append((name, start))
+            if self.server.damages.get(name, 0) > 0:
+                self.server.damages[name] -= 1
+                data = flipped(data)
             self.wfile.write(data[start : self.server.breaks.get(name)])  # and hangs up there
             self.close_connection = True
+
+    def fail(self, code, *headers):
+        """An HTTP error, or a reset of the connection for code 0."""
+        self.close_connection = True
+        if code == 0:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return self.connection.close()
+        self.send_response(code)
+        for name, value in (*headers, ("Content-Length", "0")):
+            self.send_header(name, value)
+        self.end_headers()
+
+
+def flipped(data):
+    """These bytes with one bit of a token changed, past the header and the size that a shard is judged by."""
+    changed = bytearray(data)
+    changed[3000] ^= 1
+    return bytes(changed)
 
 
 def shard_bytes(path, count):
@@ -66,8 +111,13 @@ def hub(tmp_path):
     for i in range(4):
         name = f"fineweb_train_{i:06d}.bin" if i else "fineweb_val_000000.bin"
         server.files[name] = shard_bytes(tmp_path / "hub" / name, 5000 + 100 * i)
-    server.gets = []
+    server.gets = []  # of bodies, and where they start
+    server.asked = []  # of every kind
     server.breaks = {}
+    server.damages = {}  # how often a file still comes with a wrong bit
+    server.trouble = {}  # what a request for a file fails with, in turn
+    server.held = []  # files that wait for release
+    server.release = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (tmp_path / "data").mkdir()
     # Shards of this size, or the check of the disk would want a gigabyte.
@@ -75,7 +125,9 @@ def hub(tmp_path):
     assert "100_000_000 * 2" in text
     (tmp_path / "data" / SCRIPT.name).write_text(text.replace("100_000_000 * 2", "5000 * 2"))
     server.folder = tmp_path / "data" / "fineweb10B"
+    (tmp_path / "sitecustomize.py").write_text(SHORT_WAITS.format(waits=str(tmp_path / "waits")))
     yield server
+    server.release.set()
     server.shutdown()
 
 
@@ -84,6 +136,7 @@ def fetching(hub, *arguments):
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": str(hub.folder.parent.parent),
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
@@ -111,7 +164,7 @@ def test_fetches_shards_and_skips_whole_ones(hub):
     done = fetch(hub, "2")
     assert done.returncode == 0, done.stderr
     names = ["fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"]
-    assert sorted(path.name for path in hub.folder.iterdir()) == names
+    assert sorted(path.name for path in hub.folder.iterdir()) == [".lock", *names]
     assert same(hub, *names)
     count = len(hub.gets)
     again = fetch(hub, "3")
@@ -183,3 +236,146 @@ def test_disk_too_small(hub):
     done = fetch(hub, "1")
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 1 and "GB free" in line and not hub.gets
+
+
+NAME = "fineweb_train_000001.bin"
+
+
+def waits(hub):
+    """The waits that the script asked for, in seconds."""
+    path = hub.folder.parent.parent / "waits"
+    return [float(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_what_comes_damaged_is_fetched_again_once(hub):
+    hub.damages = {NAME: 1}
+    done = fetch(hub, "1")
+    assert done.returncode == 0 and f"{NAME} came damaged" in done.stderr and same(hub, NAME)
+    (hub.folder / NAME).unlink()
+    hub.damages = {NAME: 2}
+    failed(fetch(hub, "1"), f"{NAME} could not be fetched")
+    assert hub.gets.count((NAME, 0)) == 4
+    assert [path.name for path in hub.folder.glob("fineweb_*")] == ["fineweb_val_000000.bin"]
+
+
+def test_verify(hub):
+    """A whole shard with a wrong bit is found by --verify; without it no request is made."""
+    assert fetch(hub, "1").returncode == 0
+    (hub.folder / NAME).write_bytes(flipped(hub.files[NAME]))
+    hub.asked = []
+    assert fetch(hub, "1").returncode == 0 and not hub.asked
+    hub.gets = []
+    done = fetch(hub, "1", "--verify")
+    assert done.returncode == 0 and f"{NAME} is damaged" in done.stderr and "1 of them new" in done.stdout
+    assert hub.gets == [(NAME, 0)] and same(hub, NAME)
+    done = fetch(hub, "1", "--verify")
+    assert done.returncode == 0 and not done.stderr and len(hub.gets) == 1
+
+
+@pytest.mark.parametrize("size", [4000, None, 50_000])
+def test_a_damaged_partial_is_not_completed(hub, size):
+    """Part of a shard with a wrong bit, all of it, and a file longer than the shard."""
+    data = flipped(hub.files[NAME])
+    hub.folder.mkdir()
+    (hub.folder / NAME).with_suffix(".partial").write_bytes((data + bytes(50_000))[: size or len(data)])
+    assert fetch(hub, "1").returncode == 0 and same(hub, NAME)
+    assert not list(hub.folder.glob("*.partial"))
+
+
+def test_a_file_without_sha256_is_refused(hub, monkeypatch):
+    monkeypatch.setattr(Hub, "etag", staticmethod(lambda data: "0" * 40))
+    failed(fetch(hub, "1"), "names no SHA-256")
+
+
+def started(hub, *arguments):
+    """A fetch under way."""
+    command, environment = fetching(hub, *arguments)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def until(condition):
+    """Wait for a condition, a minute at most."""
+    deadline = time.time() + 60
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_second_fetch_waits_for_the_first(hub, killed):
+    """Also for one that is killed: its lock goes with it, and its part is gone on with."""
+    hub.held = [NAME]
+    first = started(hub, "1")
+    until(lambda: ("GET", NAME) in hub.asked)
+    second = started(hub, "1")
+    assert "another fetch" in second.stderr.readline()
+    if killed:
+        first.kill()
+    hub.release.set()
+    assert second.wait(60) == 0 and first.wait(60) == (-signal.SIGKILL if killed else 0)
+    assert same(hub, NAME) and ("0 of them new" in second.stdout.read()) == (not killed)
+
+
+def test_ctrl_c(hub):
+    hub.held = [NAME]
+    child = started(hub, "1")
+    until(lambda: ("GET", NAME) in hub.asked)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert errors.splitlines()[-1].endswith("stopped; the same command goes on from here")
+    assert "Traceback" not in errors
+
+
+TOO_MANY = (429, ("Retry-After", "3"))
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_passing_trouble(hub, method):
+    """A server error, too many requests and a reset connection: each is tried again, after a wait."""
+    hub.trouble = {(method, NAME): [(500,), TOO_MANY, (0,), (503,)]}
+    assert fetch(hub, "1").returncode == 0 and same(hub, NAME)
+    assert hub.asked.count((method, NAME)) == 5 and len(waits(hub)) == 4
+    assert max(waits(hub)) >= 3  # as the server asks
+
+
+@pytest.mark.parametrize(
+    "method, trouble, tries",
+    [("HEAD", (500,), 6), ("HEAD", TOO_MANY, 6), ("GET", (500,), 4), ("GET", TOO_MANY, 6), ("GET", (0,), 4)],
+)
+def test_lasting_trouble(hub, method, trouble, tries):
+    """A few tries, with growing waits, then one line."""
+    hub.trouble = {(method, NAME): [trouble] * 30}
+    failed(fetch(hub, "1"), f"{NAME} could not be fetched")
+    assert hub.asked.count((method, NAME)) == tries and sorted(waits(hub)) == waits(hub)
+
+
+def test_a_refusal_is_not_tried_again(hub):
+    hub.trouble = {("GET", NAME): [(403,)] * 30}
+    failed(fetch(hub, "1"), f"{NAME} could not be fetched")
+    assert hub.asked.count(("GET", NAME)) == 1 and not waits(hub)
+
+
+def full_disk(folder):
+    folder.mkdir()
+    (folder / NAME).with_suffix(".partial").symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (full_disk, "No space left on device"),
+        (lambda folder: folder.touch(), "must be a folder"),
+        (lambda folder: folder.symlink_to("/sys"), "can be written"),  # nobody writes there, root included
+    ],
+)
+def test_folder_that_cannot_be_written(hub, damage, says):
+    damage(hub.folder)
+    failed(fetch(hub, "1"), says)
+
+
+def test_help_writes_nothing(hub):
+    done = fetch(hub, "--help")
+    assert done.returncode == 0 and "--verify" in done.stdout and not hub.folder.exists()

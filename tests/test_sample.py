@@ -3,9 +3,11 @@
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,22 @@ from test_main import ENVIRONMENT, SCRIPT, val_losses
 
 import train_gpt
 
+WRITER = Path(__file__).parent.parent / "data" / "sample.py"
+
+
+def write_sample(folder, *arguments):
+    """The script, run in a project of its own."""
+    (folder / "data").mkdir(exist_ok=True)
+    shutil.copy(WRITER, folder / "data")
+    command = [sys.executable, str(folder / "data" / "sample.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A folder with the sample's shards where the script looks for them."""
     folder = tmp_path_factory.mktemp("project")
-    (folder / "data").mkdir()
-    shutil.copy(SCRIPT.parent / "data" / "sample.py", folder / "data")
-    command = [sys.executable, str(folder / "data" / "sample.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = write_sample(folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -45,6 +54,46 @@ def test_sample_shards(project):
     for name in ("argparse.py", "json/decoder.py"):  # whole source files, each on one side
         text = (library / name).read_bytes()
         assert (text in train) != (text in val)
+
+
+def full_disk(folder):
+    folder.mkdir()
+    (folder / "sample_val_000000.partial").symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (full_disk, "No space left on device"),
+        (lambda folder: folder.touch(), "File exists"),
+        (lambda folder: folder.symlink_to("/sys"), "cannot be written"),  # nobody writes there, root included
+    ],
+)
+def test_folder_that_cannot_be_written(tmp_path, damage, says):
+    (tmp_path / "data").mkdir()
+    damage(tmp_path / "data" / "sample")
+    done = write_sample(tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("data/sample.py: ") and says in line
+
+
+@pytest.mark.parametrize("argument, code", [("--help", 0), ("7", 2)])
+def test_arguments_write_nothing(tmp_path, argument, code):
+    done = write_sample(tmp_path, argument)
+    assert done.returncode == code and len(done.stderr.splitlines()) == (code > 0)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["sample.py"]
+
+
+def test_ctrl_c(tmp_path):
+    """In the middle of reading the library, for which the folder's making is the sign."""
+    shutil.copy(WRITER, tmp_path)
+    child = subprocess.Popen([sys.executable, str(tmp_path / "sample.py")], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "sample").exists():
+        time.sleep(0.001)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    says = "data/sample.py: stopped; the same command writes the sample anew\n"
+    assert (child.returncode, errors) == (130, says)
 
 
 def test_sample_run(project):
