@@ -3,7 +3,7 @@
     ./run.sh record stats LOG|DIR...          # final losses and times; is the mean below the target?
     ./run.sh record compare LOG|DIR LOG|DIR   # is the second faster, at a loss that is not worse?
     ./run.sh record diff LOG|SCRIPT|DIR ...   # what changed between the scripts of two records
-    ./run.sh record race A.py B.py --runs N   # run both alternately, then compare; the same command resumes
+    ./run.sh record race A.py B.py --runs=N   # run both alternately, then compare; the same command resumes
     ./run.sh record sweep FILE                # run a list of settings and rank them; the same command resumes
     ./run.sh record plot DIR... -o out.png    # loss against time and steps, and the record history
     ./run.sh record profile LOG               # where the time of profiled steps went, by part and by kernel
@@ -11,7 +11,9 @@
     ./run.sh record history                   # write the table of records in records/README.md
 
 A claim's folder goes to records/, and with --unproven runs that prove nothing go to records/proxy/. The tool
-reads this project's logs and those of the public records since 2024-10; folders may be nested one level.
+reads this project's logs and those of the public records since 2024-10. A folder is searched at all depths,
+and the logs of each folder are a group of their own; logs named one by one are one group together. A log that
+comes twice, under whatever name, counts once.
 
 A log as a run writes it begins with the script's source. In a record's folder the source lies beside the logs
 once, as train_gpt.py, and each log begins with a line that names it instead:
@@ -62,28 +64,36 @@ class UsageError(Exception):
 
 SEPARATOR = re.compile(rb"^={20,}\s*$", re.M)
 VALIDATION = re.compile(
-    rb"^step:(\d+)/(\d+) val_loss:(\S+) train_time:(\d+)ms step_avg:([\d.]+|nan|inf)ms", re.M
+    rb"^step:(\d+)/(\d+) val_loss:(\S+) train_time:(\d+(?:\.\d+)?)(m?s) step_avg:(?:[\d.]+|nan|inf)m?s", re.M
 )
 OLD_LINE = re.compile(rb"^s:(\d+) (trl|tel):(\S+)", re.M)
 CALIBRATION = re.compile(rb"^calibration rank \d+: (.*)$", re.M)
-FIGURE = re.compile(r"(\w+)=([\d.]+(?:e[+-]?\d+)?)([A-Za-z/]+)")
+FIGURE = re.compile(r"(\w+)=(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([A-Za-z/]+)")
 ARCHIVED = re.compile(r"script: ([\w.-]+) sha256:([0-9a-f]{64})")
 PROFILED = re.compile(rb"^profile: steps (\d+) to (\d+), trace ", re.M)
+
+
+def tell(text: str):
+    """Print what a user must know beside the results."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Run:
     """A finished run: its log, its steps and its final validation loss in nats a token.
 
-    `seconds` is the training time, where the log has it. `calibration` holds the figures of the run's slowest
-    rank by name and unit, and is empty for a log that has none.
+    `seconds` is the training time, where the log has it. `curve` has step, training time and loss of every
+    validation. `calibration` holds the figures of the run's slowest rank by name and unit, and is empty for a
+    log that has none.
     """
 
     path: Path
     steps: int
     loss: float
     seconds: float | None
-    calibration: dict[str, float]
+    has_script: bool = False
+    curve: tuple[tuple[int, float | None, float], ...] = ()
+    calibration: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def script_span(data: bytes) -> tuple[int, int]:
@@ -104,50 +114,41 @@ def read_run(path: Path) -> Run | str:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     _, start = script_span(data)
-    if lines := VALIDATION.findall(data, start):
-        step, total, loss, milliseconds, _ = lines[-1]
-        if int(step) < int(total):
-            return f"unfinished, cut off after step {int(step)} of {int(total)}"
-        seconds = int(milliseconds) / 1000
-    elif lines := OLD_LINE.findall(data, start):
-        step, kind, loss = lines[-1]
-        if kind != b"tel":
-            return f"unfinished, cut off after step {int(step)}"
-        seconds = None
-    elif re.search(rb"^step:\d+/\d+ train_time:", data[start:], re.M):
-        return "unfinished, cut off before its first validation"
-    elif start and b"\narguments: " in data[start:]:
-        return "unfinished, cut off before its first step"
-    else:
-        return "not a log"
     try:
-        loss = float(loss)
+        if lines := VALIDATION.findall(data, start):
+            step, total = map(int, lines[-1][:2])
+            if step < total:
+                return f"unfinished, cut off after step {step} of {total}"
+            scale = {b"s": 1, b"ms": 1000}
+            curve = [(int(line[0]), float(line[3]) / scale[line[4]], float(line[2])) for line in lines]
+        elif lines := OLD_LINE.findall(data, start):
+            step, kind, _ = lines[-1]
+            if kind != b"tel":
+                return f"unfinished, cut off after step {int(step)}"
+            curve = [(int(step), None, float(loss)) for step, kind, loss in lines if kind == b"tel"]
+        elif re.search(rb"^step:\d+/\d+ train_time:", data[start:], re.M):
+            return "unfinished, cut off before its first validation"
+        elif start and b"\narguments: " in data[start:]:
+            return "unfinished, cut off before its first step"
+        else:
+            return "not a log"
     except ValueError:
         return "not a log"
+    steps, seconds, loss = curve[-1]
     if not math.isfinite(loss):
         return f"its final loss is {loss}"
-    return Run(path, int(step), loss, seconds, read_calibration(data, start))
+    return Run(path, steps, loss, seconds, start > 0, tuple(curve), read_calibration(data, start))
 
 
 def read_calibration(data: bytes, start: int) -> dict[str, float]:
     """The figures of a log's calibration lines; of several ranks the slowest, since a step waits for it."""
     slowest = {}
     for line in CALIBRATION.findall(data, start):
-        for name, value, unit in FIGURE.findall(line.decode()):
+        for name, value, unit in FIGURE.findall(line.decode(errors="replace")):
             key = f"{name} {unit}"
             worse = max if unit == "us" else min
             slowest[key] = worse(slowest.get(key, float(value)), float(value))
     return slowest
-
-
-def read_curve(path: Path) -> list[tuple[int, float | None, float]]:
-    """Step, training time in s where the log has it, and loss of every validation of a log."""
-    data = path.read_bytes()
-    _, start = script_span(data)
-    if lines := VALIDATION.findall(data, start):
-        return [(int(step), int(ms) / 1000, float(loss)) for step, _, loss, ms, _ in lines]
-    lines = OLD_LINE.findall(data, start)
-    return [(int(step), None, float(loss)) for step, kind, loss in lines if kind == b"tel"]
 
 
 def is_log_file(path: Path) -> bool:
@@ -155,50 +156,93 @@ def is_log_file(path: Path) -> bool:
     return path.suffix in (".txt", ".log") and path.is_file()
 
 
-def find_logs(arguments: list[str]) -> list[Path]:
-    """The .txt and .log files that are named, or lie in a named folder or one level below it.
-
-    Raises UsageError for a path where there is none.
-    """
-    found = []
-    for path in map(Path, arguments):
-        if path.is_dir():
-            inside = sorted(filter(is_log_file, [*path.glob("*"), *path.glob("*/*")]))
-            if not inside:
-                raise UsageError(
-                    f"{path}: holds no .txt or .log file, itself or one level below; name a folder of logs"
-                )
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise UsageError(f"{path}: does not exist; name a log or a folder of logs")
+def logs_below(top: Path) -> dict[Path, list[Path]]:
+    """The .txt and .log files of a folder and of those below it, but for hidden ones, by their folder."""
+    found = {}
+    seen = set()  # links may lead round in a ring
+    for root, folders, names in os.walk(
+        top, onerror=lambda error: tell(f"left out: {error.filename}: {error.strerror}"), followlinks=True
+    ):
+        real = os.path.realpath(root)
+        folders[:] = sorted(name for name in folders if real not in seen and not name.startswith("."))
+        logs = sorted(filter(is_log_file, (Path(root, name) for name in names)))
+        if logs and real not in seen:
+            found[Path(root)] = logs
+        seen.add(real)
     return found
 
 
-def read_runs(arguments: list[str]) -> dict[int, list[Run]]:
-    """Finished runs by their number of steps; stderr names what is left out, and why.
+def find_logs(arguments: list[str]) -> dict[Path, list[Path]]:
+    """The logs in each folder that is named or lies below one, and as one group the logs that are named.
+
+    Raises UsageError for a path where there is none; stderr says when the logs lie in several folders.
+    """
+    groups = {}
+    named = []
+    for argument in arguments:
+        if os.path.isfile(argument):
+            named.append(Path(argument))
+            continue
+        if not os.path.isdir(argument):
+            raise UsageError(f"{argument!r}: does not exist; name a log or a folder of logs")
+        inside = logs_below(Path(argument))
+        if not inside:
+            raise UsageError(f"{argument}: holds no .txt or .log file at any depth; name a folder of logs")
+        if len(inside) > 1:
+            depth = max(len(folder.relative_to(argument).parts) for folder in inside)
+            count = f"{len(inside)} folders, up to {depth} deep"
+            tell(f"{argument}: searched at all depths; its logs lie in {count}")
+        for folder, logs in inside.items():
+            groups.setdefault(folder, []).extend(logs)
+    if named:
+        shared = os.path.commonpath([path.absolute() for path in named])
+        groups.setdefault(Path(os.path.relpath(shared)), []).extend(named)
+    return groups
+
+
+def same_run(a: Run, b: Run) -> bool:
+    """Whether logs of one curve are of one run: copies, perhaps archived, or the console's beside a log."""
+    return not (a.has_script and b.has_script) or read_head(a.path) == read_head(b.path)
+
+
+def read_runs(groups: dict[Path, list[Path]]) -> dict[tuple[Path, int], list[Run]]:
+    """Finished runs by their group and number of steps; stderr names what is left out, and why.
 
     Raises UsageError when nothing remains.
     """
-    groups = {}
-    for path in find_logs(arguments):
-        run = read_run(path)
-        if isinstance(run, str):
-            print(f"left out: {path}: {run}", file=sys.stderr)
-        else:
-            groups.setdefault(run.steps, []).append(run)
-    if not groups:
-        raise UsageError(f"{' '.join(arguments)}: no finished run; name logs that end with a validation")
-    if len(groups) > 1:
-        counts = ", ".join(f"{len(runs)} of {steps} steps" for steps, runs in sorted(groups.items()))
-        print(f"runs of different length, so they are kept apart: {counts}", file=sys.stderr)
-    return groups
+    found = []
+    for name, logs in groups.items():
+        for path in logs:
+            run = read_run(path)
+            if isinstance(run, str):
+                tell(f"left out: {path}: {run}")
+            else:
+                found.append((name, run))
+    kept = {}
+    first = {}
+    # A log with its script is kept rather than what the console showed of the same run.
+    for name, run in sorted(found, key=lambda pair: not pair[1].has_script):
+        alike = first.setdefault(run.curve, [])
+        if before := next((other for other in alike if same_run(run, other)), None):
+            tell(f"left out: {run.path}: the same run as {before.path}")
+            continue
+        alike.append(run)
+        kept.setdefault((name, run.steps), []).append(run)
+    if not kept:
+        raise UsageError(
+            f"{', '.join(map(str, groups))}: no finished run; name logs that end with a validation"
+        )
+    lengths = Counter(steps for (_, steps), runs in kept.items() for _ in runs)
+    if len(lengths) > 1:
+        counts = ", ".join(f"{count} of {steps} steps" for steps, count in sorted(lengths.items()))
+        tell(f"runs of different length, so they are kept apart: {counts}")
+    order = list(groups)
+    return dict(sorted(kept.items(), key=lambda item: (order.index(item[0][0]), item[0][1])))
 
 
 def logged_runs(folder: Path) -> list[Run]:
     """The finished runs whose logs lie in a folder."""
-    runs = [read_run(log) for log in sorted(folder.glob("*.txt"))]
+    runs = [read_run(log) for log in sorted(filter(is_log_file, folder.glob("*")))]
     return [run for run in runs if isinstance(run, Run)]
 
 
@@ -254,19 +298,30 @@ def archive(log: bytes, script: bytes) -> bytes:
     return line.encode() + log[separator:]
 
 
+def without(flags: list[str], *names: str) -> list[str]:
+    """Flags but for those of these names."""
+    return [flag for flag in flags if flag.split("=")[0] not in names]
+
+
 def settings_in(head: str) -> dict[str, str]:
     """The settings that this project's logs list."""
     return dict(re.findall(r"^([a-z]\w*)=(.*)$", head, re.M))
 
 
 def arguments_in(head: str) -> list[str] | None:
-    """The flags that a run was started with, but for the log folder, where its log tells."""
+    """The flags of a run but for its seed and log folder; None where its log tells none."""
     found = re.search(r"^arguments: (.*)$", head, re.M)
     try:
         flags = shlex.split(found[1]) if found else None
     except ValueError:  # the line is cut
         flags = None
-    return flags and [flag for flag in flags if not flag.startswith("--log_dir")]
+    return flags and without(flags, "--log_dir", "--seed")
+
+
+def seed_of(run: Run) -> str | None:
+    """The seed that a run's log lists."""
+    _, head = read_head(run.path)
+    return settings_in(head).get("seed")
 
 
 def machine_of(head: str) -> tuple[str, int]:
@@ -341,16 +396,19 @@ def mean_and_std(values: list[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def probability(losses: list[float], target: float) -> float | None:
-    """The p of a one-sided t-test that the mean loss is below the target; None for a single run."""
+def probability(values: list[float], mean: float, alternative: str) -> float | None:
+    """The p of a t-test that the mean of values is "less" than a number, or not it ("two-sided").
+
+    None for a single value.
+    """
     from scipy.stats import ttest_1samp
 
-    if len(losses) < 2:
+    if len(values) < 2:
         return None
-    mean, std = mean_and_std(losses)
+    found, std = mean_and_std(values)
     if std < 1e-9:  # equal but for rounding: the test divides by it
-        return float(mean >= target)
-    return float(ttest_1samp(losses, target, alternative="less").pvalue)
+        return float(found >= mean if alternative == "less" else abs(found - mean) < 1e-9)
+    return float(ttest_1samp(values, mean, alternative=alternative).pvalue)
 
 
 def summarize(runs: list[Run], target: float) -> Summary:
@@ -367,7 +425,7 @@ def summarize(runs: list[Run], target: float) -> Summary:
         loss_mean=loss_mean,
         loss_std=loss_std,
         target=target,
-        p=probability(losses, target),
+        p=probability(losses, target, "less"),
         times=times,
         time_mean=time_mean,
         time_std=time_std,
@@ -392,6 +450,11 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join(map("  ".join, lines))
 
 
+def describe_run(run: Run) -> str:
+    """A run's final loss and, where its log has it, its time."""
+    return f"loss {run.loss:.4f}" + (f", {run.seconds:.3f} s" if run.seconds is not None else "")
+
+
 def stats_rows(summaries: list[Summary]) -> list[list[str]]:
     """The table of `stats`."""
     p = f"p (< {summaries[0].target:g})"
@@ -404,19 +467,26 @@ def stats_rows(summaries: list[Summary]) -> list[list[str]]:
 
 def stats(arguments) -> int:
     """Print runs, losses, p and times of each group of runs, as a plain table, Markdown or JSON."""
-    groups = read_runs(arguments.paths)
-    summaries = [summarize(runs, arguments.target) for _, runs in sorted(groups.items())]
-    for s in summaries:
+    groups = read_runs(find_logs(arguments.paths))
+    summaries = {group: summarize(runs, arguments.target) for group, runs in groups.items()}
+    for s in summaries.values():
         if s.p is None:
-            print(f"{s.steps} steps: one run gives no p; at least 1 more is missing", file=sys.stderr)
+            tell(f"{s.steps} steps: one run gives no p; at least 1 more is missing")
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(s) for s in summaries], indent=1))
-    elif arguments.markdown:
-        print(markdown(stats_rows(summaries)))
-    else:
-        print(aligned(stats_rows(summaries)))
-        for s in summaries:
-            print(f"{s.steps} steps, losses: " + " ".join(f"{loss:.4f}" for loss in s.losses))
+        listed = [{"folder": str(folder)} | dataclasses.asdict(s) for (folder, _), s in summaries.items()]
+        print(json.dumps(listed, indent=1))
+        return 0
+    folders = [str(folder) for folder, _ in groups]
+    apart = len(set(folders)) > 1
+    rows = stats_rows(list(summaries.values()))
+    rows = [[folder] * apart + row for folder, row in zip(["folder", *folders], rows, strict=True)]
+    if arguments.markdown:
+        print(markdown(rows))
+        return 0
+    print(aligned(rows))
+    for folder, s in zip(folders, summaries.values(), strict=True):
+        losses = " ".join(f"{loss:.4f}" for loss in s.losses)
+        print(f"{folder}, " * apart + f"{s.steps} steps, losses: {losses}")
     return 0
 
 
@@ -469,8 +539,14 @@ def print_machines(a: list[Run], b: list[Run]):
 
 
 def comparable_runs(path: str) -> list[Run]:
-    """The runs of one side of a comparison: several, of one length. Raises UsageError for others."""
-    groups = read_runs([path])
+    """The runs of one side of a comparison: several, of one folder and one length.
+
+    Raises UsageError for others.
+    """
+    groups = read_runs(find_logs([path]))
+    folders = dict.fromkeys(str(folder) for folder, _ in groups)
+    if len(folders) > 1:
+        raise UsageError(f"{path}: runs in {len(folders)} folders ({', '.join(folders)}); name one of them")
     if len(groups) > 1:
         raise UsageError(f"{path}: runs of {len(groups)} different lengths; name the logs of one length")
     (runs,) = groups.values()
@@ -479,32 +555,71 @@ def comparable_runs(path: str) -> list[Run]:
     return runs
 
 
+def pairs_by_seed(a: list[Run], b: list[Run]) -> list[tuple[str, Run, Run]]:
+    """Seed, run of a and run of b for each seed that both sides have once."""
+    sides = []
+    for runs in (a, b):
+        seeds = [seed_of(run) for run in runs]
+        sides.append({seed: run for seed, run in zip(seeds, runs, strict=True) if seeds.count(seed) == 1})
+    shared = sides[0].keys() & sides[1].keys() - {None}
+    return [(seed, *(side[seed] for side in sides)) for seed in sorted(shared, key=lambda x: (len(x), x))]
+
+
+def pair_rows(pairs: list[tuple[str, Run, Run]]) -> list[list[str]]:
+    """The table of runs that are paired by seed, and its means."""
+    rows = [["seed", "loss A", "loss B", "B - A", "time A s", "time B s", "B / A"]]
+    values = [(a.loss, b.loss, a.seconds, b.seconds) for _, a, b in pairs]
+    means = [None if None in column else statistics.fmean(column) for column in zip(*values, strict=True)]
+    for name, row in zip([*(seed for seed, _, _ in pairs), "mean"], [*values, means], strict=True):
+        loss_a, loss_b, time_a, time_b = row
+        ratio = time_b / time_a if time_a and time_b else None
+        losses = [number(loss_a), number(loss_b), f"{loss_b - loss_a:+.4f}"]
+        rows.append([name, *losses, number(time_a, 3), number(time_b, 3), number(ratio)])
+    return rows
+
+
 def print_difference(
-    name: str, unit: str, digits: int, a: list[float], b: list[float]
-) -> tuple[float, float]:
-    """Print how far the mean of b is from that of a; returns the 95 % interval of the difference."""
-    from scipy.stats import ttest_ind
+    name: str, unit: str, digits: int, a: list[float], b: list[float], pairs: list[tuple[float, float]]
+) -> tuple[float, float, float]:
+    """Print how far b is from a: by Welch's test of the means and, of several pairs, by their differences.
+
+    Returns a difference and the bounds of its 95 % interval: the pairs' if one side lies in them whole.
+    """
+    from scipy.stats import t, ttest_ind
+
+    def show(kind: str, difference: tuple[float, float, float], test: str):
+        mean, low, high = (f"{value:+.{digits}f}" for value in difference)
+        print(f"{name}, B - A{kind}: {mean} {unit}, 95 % interval {low} to {high}, {test}")
 
     test = ttest_ind(b, a, equal_var=False)
-    low, high = test.confidence_interval(0.95)
-    difference = statistics.fmean(b) - statistics.fmean(a)
-    print(
-        f"{name}, B - A: {difference:+.{digits}f} {unit}, 95 % interval {low:+.{digits}f} to"
-        f" {high:+.{digits}f}, Welch p {test.pvalue:.4f}"
-    )
-    return low, high
+    welch = (statistics.fmean(b) - statistics.fmean(a), *test.confidence_interval(0.95))
+    show("", welch, f"Welch p {test.pvalue:.4f}")
+    if len(pairs) < 2:
+        return welch
+    changes = [after - before for before, after in pairs]
+    mean, std = mean_and_std(changes)
+    error = std / math.sqrt(len(pairs))
+    reach = float(t.ppf(0.975, len(pairs) - 1)) * error
+    paired = (mean, mean - reach, mean + reach)
+    p = probability(changes, 0, "two-sided")
+    test = f"standard error {error:.{digits}f}, paired t-test p {p:.4f}"
+    show(f", {len(pairs)} pairs of equal seed", paired, test)
+    return paired if len(pairs) == min(len(a), len(b)) else welch
 
 
-def verdict(interval: tuple[float, float], below: str, above: str, neither: str) -> str:
-    """What a 95 % interval of a difference says: it lies below zero, above, or holds it."""
-    low, high = interval
+def verdict(difference: tuple[float, float, float], below: str, above: str, neither: str) -> str:
+    """What the 95 % interval of a difference says: it lies below zero, above, or holds it."""
+    _, low, high = difference
     if high < 0:
         return below
     return above if low > 0 else neither
 
 
 def compare(arguments) -> int:
-    """Print both summaries, the machines, the differences with 95 % intervals, and which side is faster."""
+    """Print both summaries, the machines, the differences with 95 % intervals, and which side is faster.
+
+    Runs of equal seed are paired, and the pairs decide if one side lies in them whole.
+    """
     sets = [comparable_runs(path) for path in (arguments.a, arguments.b)]
     a, b = (summarize(runs, TARGET) for runs in sets)
     for name, s in (("A", a), ("B", b)):
@@ -514,14 +629,22 @@ def compare(arguments) -> int:
             f" (p {s.p:.4f}){spent}"
         )
     print_machines(*sets)
-    losses = print_difference("losses", "nats", 5, a.losses, b.losses)
+    pairs = pairs_by_seed(*sets)
+    if pairs:
+        print(aligned(pair_rows(pairs)))
+    trained = [(x.loss, y.loss) for _, x, y in pairs]
+    losses = print_difference("losses", "nats", 5, a.losses, b.losses, trained)
+    quality = verdict(losses, "its loss is better", "its loss is worse", "no difference in loss is shown")
     if len(a.times) < 2 or len(b.times) < 2:
         print("These logs hold no times, so nothing can be said of speed.")
-        return 0
-    times = print_difference("times", "s", 4, a.times, b.times)
-    speed = verdict(times, "B is faster", "B is slower", "Neither is shown to be faster")
-    quality = verdict(losses, "its loss is better", "its loss is worse", "no difference in loss is shown")
-    print(f"{speed} ({b.time_mean - a.time_mean:+.4f} s), and {quality}.")
+    else:
+        timed = [(x.seconds, y.seconds) for _, x, y in pairs if None not in (x.seconds, y.seconds)]
+        times = print_difference("times", "s", 4, a.times, b.times, timed)
+        speed = verdict(times, "B is faster", "B is slower", "Neither is shown to be faster")
+        print(f"{speed} ({times[0]:+.4f} s), and {quality}.")
+    reasons = [off_target(settings_in(read_head(runs[0].path)[1])) for runs in sets]
+    for reason in dict.fromkeys(filter(None, reasons)):
+        print(f"This says nothing about FineWeb: {reason}.")
     return 0
 
 
@@ -538,26 +661,52 @@ def read_text(path: Path, kind: str) -> str:
         raise UsageError(f"{path}: cannot be read as {kind} ({reason})") from None
 
 
-def script_of(argument: str) -> tuple[str, dict[str, str]]:
-    """The script behind a log, a script or a folder's first log, and its settings where a log lists them."""
+@dataclass(frozen=True)
+class Source:
+    """A script, the file that it was found in, and the settings that a log lists with it.
+
+    `share` tells how many of a folder's logs have this script.
+    """
+
+    path: Path
+    script: str
+    settings: dict[str, str]
+    share: str = ""
+
+
+def source_of(argument: str) -> Source:
+    """The script behind a script's file, a log, or a folder of logs: the one that most of them share.
+
+    Raises UsageError where there is no script.
+    """
     path = Path(argument)
     if path.suffix == ".py":
-        return read_text(path, "a script"), {}
-    logs = [log for log in find_logs([argument]) if read_run(log) != "not a log"]
-    if not logs:
-        raise UsageError(f"{path}: neither a script nor a log, nor a folder with one")
-    script, head = read_head(logs[0])
-    return script, settings_in(head)
+        return Source(path, read_text(path, "a script"), {})
+    logs = itertools.chain.from_iterable(find_logs([argument]).values())
+    heads = {log: read_head(log) for log in logs if read_run(log) != "not a log"}
+    shares = Counter(script for script, _ in heads.values() if script)
+    if not shares:
+        raise UsageError(f"{path}: neither a script nor a log with one, nor a folder of such logs")
+    shared, count = shares.most_common(1)[0]
+    log, head = next((log, head) for log, (script, head) in heads.items() if script == shared)
+    return Source(log, shared, settings_in(head), f"{count} of {shares.total()} logs")
 
 
 def diff(arguments) -> int:
-    """Print the settings that differ, then the unified diff of the two scripts; in colour on a terminal."""
-    a, a_settings = script_of(arguments.a)
-    b, b_settings = script_of(arguments.b)
-    for line in changed_settings(a_settings, b_settings):
+    """Print the settings that differ, then the unified diff of the two scripts; in colour on a terminal.
+
+    Of a folder it takes the script that most logs share; stderr names the log.
+    """
+    a = source_of(arguments.a)
+    b = source_of(arguments.b)
+    for argument, source in ((arguments.a, a), (arguments.b, b)):
+        if Path(argument).is_dir():
+            tell(f"{argument}: {source.path}, whose script {source.share} share")
+    for line in changed_settings(a.settings, b.settings):
         print(line)
     colours = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m"} if sys.stdout.isatty() else {}
-    for line in difflib.unified_diff(a.splitlines(), b.splitlines(), arguments.a, arguments.b, lineterm=""):
+    lines = (a.script.splitlines(), b.script.splitlines())
+    for line in difflib.unified_diff(*lines, str(a.path), str(b.path), lineterm=""):
         colour = colours.get(line[:1], "")
         print(f"{colour}{line}\033[0m" if colour else line)
     return 0
@@ -607,8 +756,24 @@ def patched(script: Path, patches: tuple[Path, ...]) -> str:
         return copy.read_text()
 
 
+def commit_of(script: Path) -> str | None:
+    """The short name of this repository's first commit with a file of this content; None without one."""
+    if not shutil.which("git"):
+        return None
+
+    def git(*arguments: str) -> list[str]:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.split()
+
+    blob = git("hash-object", "--no-filters", str(script.resolve()))
+    commits = git("log", "--all", f"--find-object={blob[0]}", "--format=%h") if blob else []
+    return commits[-1] if commits else None
+
+
 # ============================================================================================================
 # Runs
+
+SAMPLE = ROOT / "data" / "sample" / "sample_train_000002.bin"  # what data/sample.py writes last
 
 
 def launch_command(script: str, processes: int) -> list[str]:
@@ -620,62 +785,120 @@ def launch_command(script: str, processes: int) -> list[str]:
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs of this machine, 0 without their driver."""
+    """NVIDIA GPUs that a script sees on this machine, 0 without their driver."""
     if not shutil.which("nvidia-smi"):
         return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
 
 
-def finished_runs(folder: Path, script: Path) -> list[Run]:
-    """The finished runs of just this script whose logs lie in a folder."""
-    text = script.read_text().strip()
-    return [run for run in logged_runs(folder) if read_head(run.path)[0].strip() == text]
+@dataclass(frozen=True)
+class Series:
+    """Runs that differ in the seed alone: their script, its text, their flags, the folder of their logs."""
+
+    script: Path
+    text: str
+    flags: list[str]
+    folder: Path
 
 
-def make_run(script: Path, folder: Path, seed: int, flags: list[str], processes: int) -> str | None:
-    """Run a script once, with its log in the folder; returns what went wrong.
+def finished_runs(series: Series, seed: int | None = None) -> list[Run]:
+    """The finished runs of a series, or those with this seed."""
+    found = []
+    for run in logged_runs(series.folder):
+        script, head = read_head(run.path)
+        flags = arguments_in(head)
+        if script.strip() == series.text.strip() and flags in (None, series.flags):
+            if seed is None or settings_in(head).get("seed") == str(seed):
+                found.append(run)
+    return found
 
-    Nothing is run if a finished run of it with this seed and these settings lies there. The script must take
-    --seed and --log_dir and list its settings in its log, as this project's do.
+
+def make_run(series: Series, seed: int, processes: int) -> Run | str:
+    """The run of a series with this seed, made unless it is there; or what went wrong.
+
+    The script must take --seed and --log_dir and list its settings in its log, as this project's do.
     """
-    arguments = [flag for flag in flags if not flag.startswith("--log_dir")] + [f"--seed={seed}"]
-    for run in finished_runs(folder, script):
-        _, head = read_head(run.path)
-        if settings_in(head).get("seed") == str(seed) and arguments_in(head) in (None, arguments):
-            return None
-    arguments.append(f"--log_dir={folder}")
-    print(f"run: {shlex.join([str(script), *arguments])}", flush=True)
-    command = [*launch_command(str(script), processes), *arguments]
+    if made := finished_runs(series, seed):
+        return made[0]
+    arguments = [*series.flags, f"--seed={seed}", f"--log_dir={series.folder}"]
+    print(f"run: {shlex.join([str(series.script), *arguments])}", flush=True)
+    command = [*launch_command(str(series.script), processes), *arguments]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no word"]
-        return f"ended with code {done.returncode}: {said[-1]}"
-    if not finished_runs(folder, script):
-        return "ended without a log of a finished run"
-    return None
+        # torchrun has the last word, but the script says why.
+        cause = next((line for line in said if line.startswith(f"{series.script.name}: ")), said[-1])
+        return f"ended with code {done.returncode}: {cause}"
+    made = finished_runs(series, seed)
+    return made[0] if made else "ended without the log of a finished run of this script"
+
+
+def read_side(argument: str) -> tuple[Path, list[str]]:
+    """The script that a side of a race names, and the flags that follow it in the same quotes."""
+    try:
+        script, *flags = [argument] if Path(argument).is_file() else shlex.split(argument)
+    except ValueError:
+        raise UsageError(f"{argument!r}: name a script, or in quotes a script and its flags") from None
+    if not Path(script).is_file():
+        raise UsageError(f"{script}: does not exist; name a training script")
+    return Path(script), flags
+
+
+def sample_flags(given: list[str]) -> list[str]:
+    """The flag for the small sample, where there is no GPU and no flag names data; the sample is made."""
+    flags = []
+    if not count_gpus() and not any(flag.startswith(("--train_files", "--preset")) for flag in given):
+        tell("no CUDA GPU found, so the small sample model is trained on the CPU: --preset=sample")
+        flags = ["--preset=sample"]
+    if "--preset=sample" in given + flags and not SAMPLE.is_file():
+        if subprocess.run([sys.executable, str(ROOT / "data" / "sample.py")]).returncode:
+            raise UsageError("data/sample.py: could not write the sample; the line above says why")
+    return flags
 
 
 def race(arguments) -> int:
-    """Run A and B in turn until each has its runs, run i of both with the same seed, and compare them."""
+    """Run A and B in turn until each has its runs, run i of both with the same seed, and compare them.
+
+    Flags that the tool does not know go to both. A side in quotes gets those that follow it there, as in
+    race train_gpt.py "train_gpt.py --muon_lr=0.04". Where a run fails the race goes on, unless its side has
+    none yet, and the same command tries it again.
+    """
     if arguments.runs < 2:
         raise UsageError(f"--runs={arguments.runs}: one run proves nothing; give at least 2")
-    sides = [(Path(arguments.a), Path(arguments.out) / "a"), (Path(arguments.b), Path(arguments.out) / "b")]
-    for script, _ in sides:
-        if not script.is_file():
-            raise UsageError(f"{script}: does not exist; name a training script")
-    for script, folder in sides:
+    named = [read_side(arguments.a), read_side(arguments.b)]
+    common = sample_flags([*arguments.flags, *named[0][1], *named[1][1]]) + arguments.flags
+    sides = {}
+    for side, (script, flags) in zip("AB", named, strict=True):
+        folder = Path(arguments.out) / side.lower()
         folder.mkdir(parents=True, exist_ok=True)
-        if len(finished_runs(folder, script)) < len(logged_runs(folder)):
-            raise UsageError(f"{folder}: holds runs of another version of {script}; give another --out")
+        flags = without(common + flags, "--seed", "--log_dir")
+        sides[side] = Series(script, read_text(script, "a script"), flags, folder)
+        if len(finished_runs(sides[side])) < len(logged_runs(folder)):
+            raise UsageError(
+                f"{folder}: holds runs of another version of {script} or with other flags; give another --out"
+            )
     processes = arguments.nproc or max(1, count_gpus())
-    for i in range(arguments.runs):
-        for script, folder in sides:
-            if error := make_run(script, folder, arguments.seed + i, arguments.flags, processes):
-                raise UsageError(
-                    f"{script}: run {i + 1} {error}; mend it, and the same command goes on from here"
-                )
-    arguments.a, arguments.b = (str(folder) for _, folder in sides)
-    return compare(arguments)
+    failed = 0
+    for seed, (side, series) in itertools.product(range(arguments.runs), sides.items()):
+        seed += arguments.seed
+        run = make_run(series, seed, processes)
+        if isinstance(run, Run):
+            print(f"{side}, seed {seed}: {describe_run(run)}", flush=True)
+        elif not finished_runs(series):
+            raise UsageError(
+                f"{series.script}, seed {seed}: {run}; mend it, and the same command goes on from here"
+            )
+        else:
+            failed += 1
+            tell(f"record.py: {series.script}, seed {seed}: {run}; the race goes on without this run")
+    arguments.a, arguments.b = (str(series.folder) for series in sides.values())
+    compare(arguments)
+    if failed:
+        tell(f"record.py: {failed} of {2 * arguments.runs} runs failed; the same command tries them again")
+    return 1 if failed else 0
 
 
 @dataclass
@@ -765,20 +988,25 @@ def sweep(arguments) -> int:
         raise UsageError(f"--script={script}: does not exist")
     out = Path(arguments.out or f"logs/sweep-{file.stem}")
     processes = arguments.nproc or max(1, count_gpus())
+    all_series = {}
     for entry in entries:
-        (out / entry.name).mkdir(parents=True, exist_ok=True)
-        (out / entry.name / SCRIPT_NAME).write_text(patched(script, entry.patches))
-    failed = set()
-    for seed, entry in itertools.product(seeds, entries):
-        if entry.name in failed:
-            continue
         folder = out / entry.name
-        if error := make_run(folder / SCRIPT_NAME, folder, seed, entry.flags + arguments.flags, processes):
-            failed.add(entry.name)
-            print(f"record.py: {entry.name}, seed {seed}: {error}", file=sys.stderr)
-    results = {
-        entry.name: finished_runs(out / entry.name, out / entry.name / SCRIPT_NAME) for entry in entries
-    }
+        folder.mkdir(parents=True, exist_ok=True)
+        text = patched(script, entry.patches)
+        (folder / SCRIPT_NAME).write_text(text)
+        flags = without(entry.flags + arguments.flags, "--seed", "--log_dir")
+        all_series[entry.name] = Series(folder / SCRIPT_NAME, text, flags, folder)
+    failed = set()
+    for seed, (name, series) in itertools.product(seeds, all_series.items()):
+        if name in failed:
+            continue
+        run = make_run(series, seed, processes)
+        if isinstance(run, Run):
+            print(f"{name}, seed {seed}: {describe_run(run)}", flush=True)
+        else:
+            failed.add(name)
+            tell(f"record.py: {name}, seed {seed}: {run}")
+    results = {name: finished_runs(series) for name, series in all_series.items()}
     rows = sweep_rows(results)
     (out / "table.md").write_text(markdown(rows) + "\n")
     print(aligned(rows))
@@ -792,33 +1020,44 @@ def sweep(arguments) -> int:
 # ============================================================================================================
 # Pictures
 
+ZOOM = 0.02  # nats around the target that are drawn once more
+STYLES = [
+    dict(color=f"C{colour}", linestyle=line, marker=marker)
+    for marker in "os^D"
+    for line in ("-", "--", ":", "-.")
+    for colour in range(10)
+]
 
-def figure(width: float, height: float, rows: int = 1):
-    """A matplotlib figure of so many inches, drawn without a display, and its axes from top to bottom."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def figure(width: float, height: float, rows: list[list[str]]):
+    """A matplotlib figure of so many inches, drawn without a display, and its axes by their names in rows."""
+    from matplotlib.figure import Figure
 
-    size = (width, height)
-    drawn, axes = pyplot.subplots(rows, 1, figsize=size, dpi=100, layout="constrained", squeeze=False)
-    for axis in axes.flat:
+    drawn = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    axes = drawn.subplot_mosaic(rows)
+    for axis in axes.values():
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    return drawn, list(axes.flat)
+    return drawn, axes
 
 
-def save(drawn, path: Path):
-    """Write a picture; raises UsageError where it cannot be written."""
+def save(drawn, path: Path) -> Path:
+    """Write a picture, as .png if its name has no suffix; returns its path.
+
+    Raises UsageError where it cannot be written.
+    """
+    path = path if path.suffix else Path(f"{path}.png")
     try:
         drawn.savefig(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: the picture cannot be written ({error})") from None
+    return path
 
 
 def draw_sweep(losses: dict[str, list[float]], path: Path):
     """Draw final losses by setting: a dot a run, a bar at the mean, a line at the first setting's mean."""
-    drawn, (axis,) = figure(10, 1.5 + 0.3 * len(losses))
+    drawn, axes = figure(10, 1.5 + 0.3 * len(losses), [["losses"]])
+    axis = axes["losses"]
     means = [statistics.fmean(values) for values in losses.values()]
     for y, values in enumerate(losses.values()):
         axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.6)
@@ -834,35 +1073,88 @@ def common_points(runs: list[Run]) -> dict[int, list[tuple[float | None, float]]
     """Time in s and loss of each run, by the steps at which all of them were validated."""
     points = {}
     for run in runs:
-        for step, seconds, loss in read_curve(run.path):
+        for step, seconds, loss in run.curve:
             points.setdefault(step, []).append((seconds, loss))
     return {step: found for step, found in sorted(points.items()) if len(found) == len(runs)}
 
 
-def draw_curves(axes: list, sets: dict[str, list[Run]], target: float | None):
-    """Draw validation loss against steps and against time: the mean of each set of runs and their spread."""
-    shown = [] if target is None else [target]
-    for i, (name, runs) in enumerate(sets.items()):
+def short_names(folders: list[Path]) -> list[str]:
+    """The parts of different paths in which they differ, at least one of each."""
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    if all(path[-1] == "logs" for path in parts):  # those of records
+        parts = [path[:-1] for path in parts]
+    for order in (1, -1):  # what all share is cut off at the front, then at the end
+        parts = [path[::order] for path in parts]
+        levels = zip(*(path[:-1] for path in parts), strict=False)
+        shared = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, levels)))
+        parts = [path[shared:][::order] for path in parts]
+    return ["/".join(path) for path in parts]
+
+
+def draw_curves(sets: dict[str, list[Run]], target: float | None, *more: str):
+    """A figure of validation loss against steps and, where the logs have it, time.
+
+    Left stands the whole of it, right what lies around the target or, where no run ends so near to it, around
+    the lowest mean. Returns the figure and its axes by name, with a row for each of `more` below.
+    """
+    sets = {f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})": runs for name, runs in sets.items()}
+    every = [run for runs in sets.values() for run in runs]
+    kinds = {"steps": sets}
+    if timed := {name: runs for name, runs in sets.items() if None not in [run.seconds for run in runs]}:
+        kinds["training time (s)"] = timed
+    columns = max(1, 120 // (max(map(len, sets)) + 8))  # of the legend, which stands above
+    rows = [[kind, f"{kind}, near"] for kind in kinds] + [[name, name] for name in more]
+    drawn, axes = figure(10, 3.6 * len(rows) + 0.2 * (len(sets) // columns + 2), rows)
+    about = "the lowest mean"
+    centre = min(statistics.fmean(run.loss for run in runs) for runs in sets.values())
+    if target is not None and any(abs(run.loss - target) <= ZOOM for run in every):
+        about, centre = "the target", target
+    shown = [loss for run in every for step, _, loss in run.curve if step and math.isfinite(loss)]
+    shown += [centre] if target is None else [centre, target]
+    margin = 0.05 * (max(shown) - min(shown)) or ZOOM
+    for kind, shown_sets in kinds.items():
+        whole, near = axes[kind], axes[f"{kind}, near"]
+        draw_sets(whole, near, shown_sets, centre + ZOOM, timed=kind != "steps")
+        for axis in (whole, near):
+            if target is not None:
+                axis.axhline(target, color="black", linestyle="--", linewidth=1, label=f"target {target:g}")
+            axis.set_xlabel(kind)
+        whole.set_ylim(min(shown) - margin, max(shown) + margin)
+        whole.set_ylabel("validation loss (nats a token)")
+        near.set_ylim(centre - ZOOM, centre + ZOOM)
+        near.set_title(f"within {ZOOM:g} of {about}, {centre:.5g}; a dot ends each run", fontsize=10)
+    handles, labels = axes["steps"].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
+    return drawn, axes
+
+
+def draw_sets(whole, near, sets: dict[str, list[Run]], high: float, timed: bool):
+    """Draw the mean and the spread of each set against steps or times on both axes, and on `near` its ends.
+
+    `near` begins where the first mean falls below `high`.
+    """
+    bounds = []
+    for (label, runs), style in zip(sets.items(), itertools.cycle(STYLES)):
         points = common_points(runs)
         losses = [[loss for _, loss in found] for found in points.values()]
-        times = [[seconds for seconds, _ in found] for found in points.values()]
-        shown += [loss for step, found in points.items() if step for _, loss in found]
-        label = f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})"
-        for axis, timed in zip(axes, (False, True), strict=True):
-            if timed and any(None in found for found in times):
-                continue
-            x = [statistics.fmean(found) for found in times] if timed else list(points)
-            means = [statistics.fmean(found) for found in losses]
-            axis.plot(x, means, color=f"C{i}", label=label, marker="o", markersize=3)
-            axis.fill_between(x, list(map(min, losses)), list(map(max, losses)), color=f"C{i}", alpha=0.25)
-    margin = 0.05 * (max(shown) - min(shown))
-    for axis, label in zip(axes, ("steps", "training time (s)"), strict=True):
-        if target is not None:
-            axis.axhline(target, color="black", linestyle="--", linewidth=1, label=f"target {target:g}")
-        axis.set_ylim(min(shown) - margin, max(shown) + margin)
-        axis.set_xlabel(label)
-        axis.set_ylabel("validation loss (nats a token)")
-        axis.legend()
+        means = list(map(statistics.fmean, losses))
+        x = (
+            [statistics.fmean(spent for spent, _ in found) for found in points.values()]
+            if timed
+            else [*points]
+        )
+        for axis in (whole, near):
+            axis.plot(x, means, label=label, markersize=3, **style)
+            spread = list(map(min, losses)), list(map(max, losses))
+            axis.fill_between(x, *spread, color=style["color"], alpha=0.2)
+        ends = [run.seconds if timed else run.steps for run in runs]
+        near.plot(ends, [run.loss for run in runs], "o", color=style["color"], alpha=0.6)
+        bounds += ends
+        for (x0, y0), (x1, y1) in itertools.pairwise(zip(x, means, strict=True)):
+            if y0 > high >= y1:
+                bounds.append(x0 + (x1 - x0) * (y0 - high) / (y0 - y1))
+    margin = 0.05 * (max(bounds) - min(bounds)) or 1
+    near.set_xlim(min(bounds) - margin, max(bounds) + margin)
 
 
 def draw_history(axis, records: list["Record"]):
@@ -885,19 +1177,25 @@ def draw_history(axis, records: list["Record"]):
 
 def plot(arguments) -> int:
     """Draw validation losses against steps and time, and the records that reached the target by date."""
-    sets = {}
+    if not Path(arguments.out).name:
+        raise UsageError(f"-o {arguments.out!r}: names no file; name a picture, .png or .svg")
+    logs = {}
     for path in arguments.paths:
-        groups = read_runs([path])
-        for steps, runs in sorted(groups.items()):
-            sets[Path(path).name + (f", {steps} steps" if len(groups) > 1 else "")] = runs
+        for folder, inside in find_logs([path]).items():
+            logs.setdefault(folder, []).extend(inside)
+    groups = read_runs(logs)
+    lengths = Counter(folder for folder, _ in groups)
+    names = dict(zip(lengths, short_names(list(lengths)), strict=True))
+    sets = {
+        names[folder] + (f", {steps} steps" if lengths[folder] > 1 else ""): runs
+        for (folder, steps), runs in groups.items()
+    }
     records = read_records(Path(arguments.records))
     reached = [record for record in records if record.reached and record.summary.times]
-    drawn, axes = figure(10, 13 if reached else 9, 3 if reached else 2)
-    draw_curves(axes[:2], sets, arguments.target)
+    drawn, axes = draw_curves(sets, arguments.target, *["history"] * bool(reached))
     if reached:
-        draw_history(axes[2], reached)
-    save(drawn, Path(arguments.out))
-    print(f"picture: {arguments.out}")
+        draw_history(axes["history"], reached)
+    print(f"picture: {save(drawn, Path(arguments.out))}")
     return 0
 
 
@@ -936,12 +1234,14 @@ class Record:
 
 def off_target(settings: dict[str, str]) -> str | None:
     """Why a log's validation set is not the target's; None if it is, or if the log names none."""
-    files = settings.get("val_files", "")
+    files = settings.get("val_files")
     tokens = settings.get("val_tokens")
-    if not settings or ("fineweb_val" in files and tokens == TARGET_TOKENS):
+    if files is None or ("fineweb_val" in files and tokens == TARGET_TOKENS):
         return None
+    losses = "the small sample model's losses" if settings.get("preset") == "sample" else "its losses"
     return (
-        f"its validation set, {tokens} tokens of `{files}`, is not the target's, {TARGET_TOKENS} of FineWeb"
+        f"its validation set, {tokens} tokens of `{files}`, is not the target's, {TARGET_TOKENS} of FineWeb;"
+        f" {losses} compare only with each other"
     )
 
 
@@ -978,7 +1278,7 @@ def read_reported(path: Path) -> list[Record]:
     try:
         for entry in json.loads(read_text(path, "a list of reported results")):
             times = zip(entry["losses"], entry["seconds"], strict=True)
-            runs = [Run(path, entry["steps"], loss, seconds, {}) for loss, seconds in times]
+            runs = [Run(path, entry["steps"], loss, seconds) for loss, seconds in times]
             date.fromisoformat(entry["date"])
             summary = summarize(runs, TARGET)
             records.append(Record(None, entry["date"], entry["what"], entry["machine"], runs, summary, {}))
@@ -1011,21 +1311,28 @@ class Draft:
     def settings(self) -> dict[str, str]:
         return settings_in(self.head)
 
+    @property
+    def names(self) -> list[str]:
+        """The names under which the record keeps the logs: their own, and another where that is taken."""
+        names = []
+        for path in (run.path for run in self.runs):
+            more = (f"{path.stem}-{i}{path.suffix}" for i in itertools.count(2))
+            names.append(next(name for name in itertools.chain([path.name], more) if name not in names))
+        return names
+
 
 def draft_record(paths: list[str]) -> Draft:
     """What logs of finished runs give for a record; raises UsageError if they do not belong together."""
-    groups = read_runs(paths)
-    if len(groups) > 1:
+    groups = read_runs(find_logs(paths))
+    if len({steps for _, steps in groups}) > 1:
         raise UsageError("a record has runs of one length; name the logs of one length")
-    (runs,) = groups.values()
+    runs = list(itertools.chain.from_iterable(groups.values()))
     script, head = same_in_all(runs)
-    name, count = Counter(run.path.name for run in runs).most_common(1)[0]
-    if count > 1:
-        raise UsageError(
-            f"{count} logs are named {name}; rename them, since a record keeps them in one folder"
-        )
     if not script:
         raise UsageError(f"{runs[0].path}: holds no script; a record needs logs that begin with theirs")
+    if len(groups) > 1:
+        parts = ", ".join(f"{len(found)} of {folder}" for (folder, _), found in groups.items())
+        tell(f"runs of one script and one set of settings, so they are one record: {parts}")
     summary = summarize(runs, TARGET)
     return Draft(runs, script, head, summary, why_unproven(summary, settings_in(head)))
 
@@ -1039,7 +1346,7 @@ def new(arguments) -> int:
         raise UsageError(f"nothing is proven: {draft.doubt}; make more runs, or keep them with --unproven")
     records = Path(arguments.records)
     against = arguments.against or newest_record(records)
-    before = script_of(against) if against else None
+    before = source_of(against) if against else None
     name = f"{time.strftime('%Y-%m-%d', time.gmtime())}_{arguments.name}"
     folder = (records / "proxy" if draft.doubt else records) / name
     try:
@@ -1049,9 +1356,13 @@ def new(arguments) -> int:
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made ({error.strerror})") from None
     keep_runs(draft, folder)
-    drawn, axes = figure(10, 9, 2)
-    draw_curves(axes, {arguments.name: draft.runs}, None if off_target(draft.settings) else TARGET)
+    drawn, _ = draw_curves({arguments.name: draft.runs}, None if off_target(draft.settings) else TARGET)
     save(drawn, folder / "curves.png")
+    kept = None
+    if before and not Path(against).resolve().is_relative_to(records.resolve()):
+        kept = folder / "against" / SCRIPT_NAME
+        kept.parent.mkdir()
+        kept.write_text(before.script + "\n")
     shown = os.path.relpath(folder, records / "..")
     parts = [
         f"# {arguments.what or arguments.name}",
@@ -1059,7 +1370,7 @@ def new(arguments) -> int:
         arguments.note,
         "![validation loss against steps and time](curves.png)",
         *describe_rerun(draft, shown),
-        *describe_change(draft, shown, against, before),
+        *describe_change(draft, shown, against, before, kept),
         *describe_statistics(draft),
     ]
     (folder / "README.md").write_text("\n\n".join(filter(None, parts)) + "\n")
@@ -1076,8 +1387,8 @@ def keep_runs(draft: Draft, folder: Path):
     """Write the script once, and the logs with a line that names it in the place of its source."""
     script = (draft.script + "\n").encode()
     (folder / SCRIPT_NAME).write_bytes(script)
-    for run in draft.runs:
-        (folder / "logs" / run.path.name).write_bytes(archive(run.path.read_bytes(), script))
+    for run, name in zip(draft.runs, draft.names, strict=True):
+        (folder / "logs" / name).write_bytes(archive(run.path.read_bytes(), script))
 
 
 def describe_result(draft: Draft) -> list[str]:
@@ -1086,7 +1397,7 @@ def describe_result(draft: Draft) -> list[str]:
     machine, _ = machine_of(draft.head)
     spent = ""
     if s.times:
-        spent = f", {s.time_mean:.3f} ± {number(s.time_std, 3)} s, {s.step_avg_ms:.2f} ms a step"
+        spent = f", {s.time_mean:.3f} ± {number(s.time_std, 3)} s, {number(s.step_avg_ms, 2)} ms a step"
     loss = f"validation loss {s.loss_mean:.4f} ± {number(s.loss_std)}"
     parts = ["## Result", f"{s.runs} runs of {s.steps} steps on {machine}: {loss}{spent}."]
     if draft.doubt:
@@ -1103,21 +1414,28 @@ def describe_rerun(draft: Draft, shown: str) -> list[str]:
     """The paragraphs with the command that runs the record again."""
     _, processes = machine_of(draft.head)
     start = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
-    flags = [flag for flag in arguments_in(draft.head) or [] if not flag.startswith("--seed")]
+    flags = arguments_in(draft.head) or []
     command = shlex.join([*start, f"{shown}/{SCRIPT_NAME}", *flags])
     text = "From the project's folder, with a `--seed` of your own:"
     return ["## Run it again", text, f"```\n{command}\n```"]
 
 
-def describe_change(draft: Draft, shown: str, against: str | None, before: tuple | None) -> list[str]:
-    """The paragraphs on what changed since another record, given its name, its script and its settings."""
+def describe_change(
+    draft: Draft, shown: str, against: str | None, before: Source | None, kept: Path | None
+) -> list[str]:
+    """The paragraphs on what changed since another record, given its name, its script and a copy of it."""
     if before is None:
         return ["## What changed", "This is the first record here, so it is compared with none."]
-    script, settings = before
     name = os.path.relpath(against, ROOT) if Path(against).is_relative_to(ROOT) else against
-    changes = f"Against `{name}`: {summarize_diff(script, draft.script)}."
-    parts = ["## What changed", f"{changes} All of it: `./run.sh record diff {name} {shown}`."]
-    if lines := changed_experiment(settings, draft.settings):
+    of = ""
+    other = name
+    if kept:
+        other = f"{shown}/against/{SCRIPT_NAME}"
+        commit = commit_of(kept)
+        of = f", whose script is `against/{SCRIPT_NAME}`" + (f" (commit `{commit}`)" if commit else "")
+    changes = f"Against `{name}`{of}: {summarize_diff(before.script, draft.script)}."
+    parts = ["## What changed", f"{changes} All of it: `./run.sh record diff {other} {shown}`."]
+    if lines := changed_experiment(before.settings, draft.settings):
         parts.append("\n".join(["Settings:", "", *(f"- `{line}`" for line in lines)]))
     return parts
 
@@ -1125,10 +1443,8 @@ def describe_change(draft: Draft, shown: str, against: str | None, before: tuple
 def describe_statistics(draft: Draft) -> list[str]:
     """The paragraphs with the figures of the runs and of their machine."""
     rows = [["log", "seed", "loss", "time s"]]
-    for run in draft.runs:
-        _, head = read_head(run.path)
-        seed = settings_in(head).get("seed", "-")
-        rows.append([run.path.name, seed, number(run.loss), number(run.seconds, 3)])
+    for run, name in zip(draft.runs, draft.names, strict=True):
+        rows.append([name, seed_of(run) or "-", number(run.loss), number(run.seconds, 3)])
     parts = ["## Statistics", markdown(stats_rows([draft.summary])), markdown(rows)]
     machine, _ = machine_of(draft.head)
     versions = re.search(r"^PyTorch .*$", draft.head, re.M)
@@ -1381,6 +1697,17 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists what there is)")
 
 
+def finite_loss(text: str) -> float:
+    """The loss of a flag; raises ArgumentTypeError unless it is a number above 0."""
+    try:
+        loss = float(text)
+    except ValueError:
+        loss = math.nan
+    if not 0 < loss < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no loss; give nats a token, as 3.28")
+    return loss
+
+
 def add_command(commands, function, text: str, *positional: str) -> Parser:
     """Add a function as a command of its name, with a line for --help and its positional arguments."""
     command = commands.add_parser(
@@ -1399,7 +1726,7 @@ def add_reading(commands):
     """Add the commands that read logs."""
     command = add_command(commands, stats, "final losses, times and p of runs", "paths")
     text = f"loss that the mean is tested against [{TARGET}]"
-    command.add_argument("--target", type=float, default=TARGET, help=text)
+    command.add_argument("--target", type=finite_loss, default=TARGET, help=text)
     command.add_argument("--json", action="store_true", help="as JSON")
     command.add_argument("--markdown", action="store_true", help="as a Markdown table")
     add_command(commands, compare, "is B faster than A at equal loss?", "a", "b")
@@ -1407,7 +1734,7 @@ def add_reading(commands):
     command = add_command(commands, plot, "draw losses against steps and time, and the history", "paths")
     command.add_argument("-o", "--out", required=True, help="the picture, .png or .svg")
     text = f"loss that is drawn as a line [{TARGET}]"
-    command.add_argument("--target", type=float, default=TARGET, help=text)
+    command.add_argument("--target", type=finite_loss, default=TARGET, help=text)
     command.add_argument("--records", default=str(RECORDS), help="folder of the history [records]")
     command = add_command(commands, profile, "where the time of profiled steps went", "log")
     text = "steps in the trace, where it is named without its log"
@@ -1416,7 +1743,7 @@ def add_reading(commands):
 
 def add_running(commands):
     """Add the commands that make runs; flags that they do not know go to the script."""
-    text = "run two scripts alternately on this machine, then compare; other flags go to both"
+    text = "run two scripts alternately, then compare; other flags go to both, and to one as 'A.py --flag=1'"
     command = add_command(commands, race, text, "a", "b")
     command.add_argument("--runs", type=int, default=10, help="runs of each script [10]")
     command.add_argument("--out", default="logs/race", help="folder of the logs [logs/race]")
@@ -1461,7 +1788,6 @@ def parser() -> Parser:
 
 def main() -> int:
     """Run a command; returns its exit code. A user's mistake ends in one line and the code 2."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe
     try:
         arguments, flags = parser().parse_known_args()
         if flags and arguments.run not in (race, sweep):
@@ -1472,9 +1798,13 @@ def main() -> int:
         print("record.py: stopped by Ctrl-C", file=sys.stderr)
         return 130
     except UsageError as error:
-        print(f"record.py: {error}", file=sys.stderr)
+        tell(f"record.py: {error}")
+        return 2
+    except OSError as error:
+        tell(f"record.py: {error.filename}: {error.strerror}")
         return 2
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe
     sys.exit(main())

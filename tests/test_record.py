@@ -1,18 +1,25 @@
 """The record tool on the published numbers, as logs, and on what else lies in folders of logs."""
 
+import contextlib
+import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import scipy.stats
 import torch
 from shards import tiny_flags
 from test_main import ENVIRONMENT
@@ -50,18 +57,25 @@ def write_runs(folder, losses, milliseconds, steps=2225, script="import torch\np
 
 
 def tool(*arguments, **options):
-    """What the tool printed and its exit code; it never ends in a traceback."""
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+    """What the tool printed and its exit code; with options it is a process of its own."""
+    arguments = list(map(str, arguments))
+    if options:
+        command = [sys.executable, str(TOOL), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with mock.patch.object(sys, "argv", ["record.py", *arguments]):
+            code = record.main()
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def refused(*arguments, says):
-    """The tool ends in one line that says so, with the code of a user's mistake."""
+    """The tool ends in one line that says so, with the code of a user's mistake; notes may come before it."""
     done = tool(*arguments)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stderr.count("record.py: ") == 1
+    line = done.stderr.splitlines()[-1]
     assert line.startswith("record.py: ") and says in line, line
 
 
@@ -123,8 +137,9 @@ def test_public_logs(tmp_path):
     (tmp_path / "notes.txt").write_text("it went well\n")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 100)
     done = tool("stats", tmp_path, "--json")
-    (found,) = json.loads(done.stdout)
-    assert sorted(found["losses"]) == [3.27, 3.27, 3.29] and found["times"] == [0.9, 0.9]
+    plain, nested = json.loads(done.stdout)
+    assert (plain["losses"], plain["times"]) == ([3.27, 3.29], [0.9])
+    assert (nested["folder"], nested["losses"]) == (str(tmp_path / "nested"), [3.27])
     for name in ("notes.txt", "binary.txt"):
         assert f"left out: {tmp_path}/{name}: not a log" in done.stderr
     refused("new", "a", tmp_path / "old.log", "--unproven", f"--records={tmp_path}", says="holds no script")
@@ -154,7 +169,7 @@ def test_different_lengths_are_kept_apart(tmp_path):
     write_runs(tmp_path / "b", [3.3], [1], steps=1705)
     done = tool("stats", tmp_path, "--json")
     groups = [(s["steps"], s["runs"], s["p"] is None) for s in json.loads(done.stdout)]
-    assert groups == [(1705, 1, True), (2225, 2, False)]
+    assert groups == [(2225, 2, False), (1705, 1, True)]
     assert "runs of different length, so they are kept apart: 1 of 1705 steps, 2 of 2225" in done.stderr
     assert "1705 steps: one run gives no p; at least 1 more is missing" in done.stderr
     assert tool("compare", tmp_path, tmp_path / "a").returncode == 2
@@ -188,6 +203,68 @@ def test_one_run_cannot_be_compared(tmp_path):
     refused("compare", tmp_path, tmp_path, says="at least 1 more is missing")
 
 
+def test_folders_are_kept_apart(tmp_path):
+    """Those at all depths but hidden ones; a link that leads in a ring is followed once."""
+    for name, losses in (("baseline", [3.28, 3.29]), ("candidate", [3.27, 3.25]), ("deep/er/still", [3.26])):
+        write_runs(tmp_path / "x" / name, losses, range(len(losses)))
+    shutil.copytree(tmp_path / "x" / "baseline", tmp_path / "x" / ".old")
+    (tmp_path / "x" / "deep" / "ring").symlink_to(tmp_path / "x")
+    done = tool("stats", tmp_path / "x", "--json")
+    found = {Path(s["folder"]).name: s["losses"] for s in json.loads(done.stdout)}
+    assert found == {"baseline": [3.28, 3.29], "candidate": [3.27, 3.25], "still": [3.26]}
+    assert f"{tmp_path}/x: searched at all depths; its logs lie in 3 folders, up to 3 deep" in done.stderr
+    table = succeeded("stats", tmp_path / "x")
+    assert re.search(r"/candidate +2225 +2 +3\.2600 ", table)
+    assert "candidate, 2225 steps, losses: 3.2700 3.2500\n" in table
+    refused("compare", tmp_path / "x", tmp_path / "x" / "baseline", says="runs in 3 folders")
+    logs = [tmp_path / "x" / name / "0.txt" for name in ("baseline", "candidate")]
+    (named,) = json.loads(succeeded("stats", *logs, "--json"))  # one by one they are one group
+    assert named["losses"] == [3.28, 3.27]
+
+
+def test_a_run_counts_once(tmp_path):
+    """Given twice, copied, archived or as the console showed it; runs with equal figures are two."""
+    a = write_runs(tmp_path / "a", [3.27, 3.271], [9, 8], settings="seed=1")
+    shutil.copy(a / "0.txt", a / "9.txt")
+    (a / "console.log").write_text((a / "1.txt").read_text().rpartition(LINE)[2])
+    write_runs(tmp_path / "b", [3.27], [9], settings="seed=2")
+    succeeded("new", "kept", a, f"--records={tmp_path}/records", "--unproven")
+    for paths in (
+        [a],
+        [a, a],
+        [a / "0.txt", a / "1.txt", a / "0.txt"],
+        [a, the_record(tmp_path / "records", "kept")],
+    ):
+        done = tool("stats", *paths, "--json")
+        assert [s["losses"] for s in json.loads(done.stdout)] == [[3.27, 3.271]]
+        assert f"left out: {paths[-1] if paths[-1].is_file() else ''}" in done.stderr
+    assert f"left out: {a}/console.log: the same run as {a}/1.txt" in tool("stats", a).stderr
+    losses = [s["losses"] for s in json.loads(tool("stats", a, tmp_path / "b", "--json").stdout)]
+    assert losses == [[3.27, 3.271], [3.27]]
+
+
+def test_times_in_seconds(tmp_path):
+    lines = ["import torch", LINE, "step:0/9 val_loss:10.82584 train_time:0.000s step_avg:0.12ms"]
+    lines += ["step:1/9 train_time:178.564s step_avg:178564.12ms"]
+    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n")
+    assert "a.txt: unfinished, cut off after step 0 of 9" in tool("stats", tmp_path).stderr
+    lines += ["step:9/9 val_loss:3.27975 train_time:553.294s step_avg:166.40ms", ""]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    (found,) = json.loads(succeeded("stats", tmp_path, "--json"))
+    assert (found["losses"], found["times"]) == ([3.27975], [553.294])
+
+
+def test_unusable_arguments(tmp_path):
+    a = write_runs(tmp_path / "a", [3.27, 3.271], [1, 2])
+    for command in (["stats", ""], ["compare", "", a], ["diff", a, ""], ["plot", "", "-o", "a.png"]):
+        refused(*command, says="'': does not exist; name a log or a folder of logs")
+    for target in ("nan", "inf", "-1", "x"):
+        for command in (["stats", a], ["plot", a, "-o", tmp_path / "a.png"]):
+            refused(*command, f"--target={target}", says=f"'{target}' is no loss; give nats a token, as 3.28")
+    refused("plot", a, "-o", "", says="-o '': names no file")
+    refused("race", TOOL, TOOL, "--preset=record", f"--out={a}/0.txt", says="0.txt/a: Not a directory")
+
+
 def test_torch_is_never_imported(tmp_path):
     """With a torch that cannot be imported, what reads logs works."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
@@ -210,12 +287,27 @@ def test_diff_takes_the_scripts_out_of_logs(tmp_path):
     assert "\033" not in text
     text = tool("diff", tmp_path / "a" / "0.txt", tmp_path / "b.py").stdout
     assert "+lr = 0.04" in text and "(not set)" not in text
-    command = f"{sys.executable} {TOOL} diff {tmp_path}/a {tmp_path}/b | head -1"
+    command = f"{sys.executable} {TOOL} diff {tmp_path}/a/0.txt {tmp_path}/b/0.txt | head -1"
     piped = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert piped.stdout == "muon_lr: 0.03 -> 0.04\n" and not piped.stderr
     (tmp_path / "notes.txt").write_text("no log\n")
     refused("diff", tmp_path / "notes.txt", tmp_path / "b.py", says="neither a script nor a log")
     refused("diff", tmp_path / "none.py", tmp_path / "b.py", says="cannot be read as a script")
+
+
+def test_diff_takes_what_most_runs_share(tmp_path):
+    """And names the log, on stderr and in the header; logs without a script do not count."""
+    write_runs(tmp_path / "a", [3.27], [1], script="x = 1")
+    write_runs(tmp_path / "a" / "more", [3.28, 3.29, 3.3], [1, 2, 3], script="x = 2")
+    (tmp_path / "a" / "old").mkdir()
+    for i in range(9):
+        (tmp_path / "a" / "old" / f"{i}.log").write_text(f"s:0 tel:10.9\ns:9 tel:3.{i}\n")
+    (tmp_path / "b.py").write_text("x = 3\n")
+    done = tool("diff", tmp_path / "a", tmp_path / "b.py")
+    log = f"{tmp_path}/a/more/0.txt"
+    assert f"{tmp_path}/a: {log}, whose script 3 of 4 logs share\n" in done.stderr
+    assert done.stdout.splitlines()[0] == f"--- {log}" and "-x = 2\n+x = 3" in done.stdout
+    refused("diff", tmp_path / "a" / "old", tmp_path / "b.py", says="neither a script nor a log with one")
 
 
 def run_until(command, lines):
@@ -242,7 +334,8 @@ def test_race_resumes(tmp_path):
     def race(limit):
         return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=limit)
 
-    last = run_until(command, 3)[-1]
+    *_, result, last = run_until(command, 5)  # a line before each run and one after it
+    assert re.match(r"B, seed 1: loss 5\.\d{4}, \d+\.\d{3} s\n", result)
     assert last.startswith(f"run: {other} ") and "--seed=2" in last
     done = race(120)
     assert done.returncode == 0, done.stderr
@@ -255,6 +348,10 @@ def test_race_resumes(tmp_path):
         assert sorted(re.search(r"^seed=(\d+)$", text, re.M)[1] for text in whole) == ["1", "2"]
     for part in ("A: 2 runs of 6 steps", "times, B - A:", "losses, B - A: +0.00000"):
         assert part in done.stdout
+    assert (
+        "losses, B - A, 2 pairs of equal seed: +0.00000 nats" in done.stdout
+        and "t-test p 1.0000" in done.stdout
+    )
     again = race(60)
     assert again.returncode == 0 and not re.search("^run: ", again.stdout, re.M)
     other.write_text(script.read_text() + "\n# another version\n")
@@ -262,13 +359,162 @@ def test_race_resumes(tmp_path):
     assert changed.returncode == 2 and "holds runs of another version" in changed.stderr
 
 
+FAKE = f"""
+import pathlib, shlex, sys
+flags = dict(flag.removeprefix("--").split("=") for flag in sys.argv[1:])
+seed = int(flags["seed"])
+if flags.get("fails") == flags["seed"] and not pathlib.Path("mended").exists():
+    raise SystemExit("RuntimeError: no luck")
+loss = LOSS + 0.01 * seed + float(flags.get("worse", 0)) * seed
+settings = [f"arguments: {{shlex.join(sys.argv[1:])}}", f"seed={{seed}}", f"preset={{flags['preset']}}"]
+settings += ["val_tokens=9", "val_files=data/sample_val.bin", "train_files=data/sample_train.bin"]
+lines = [pathlib.Path(__file__).read_text(), "{LINE}", *settings, "{LINE}"]
+lines.append(f"step:9/9 val_loss:{{loss:.4f}} train_time:{{TIME + seed}}ms step_avg:1.00ms")
+pathlib.Path(flags["log_dir"], f"{{seed}}.txt").write_text("\\n".join(lines) + "\\n")
+"""
+
+
+@pytest.fixture
+def racers(tmp_path, monkeypatch):
+    """Two scripts that train nothing and log as the project's do, in a project without GPU, data and runs."""
+    (tmp_path / "a.py").write_text(f"LOSS, TIME = 3.28, 9000\n{FAKE}")
+    (tmp_path / "b.py").write_text(f"LOSS, TIME = 3.279, 8000\n{FAKE}")
+    (tmp_path / "data").mkdir()
+    sample = (
+        "import pathlib\nwith open(pathlib.Path(__file__).parent / 'made', 'a') as file:\n    file.write('.')"
+    )
+    (tmp_path / "data" / "sample.py").write_text(sample)
+    (tmp_path / "data" / "made").write_text("")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "SAMPLE", tmp_path / "data" / "last.bin")
+    monkeypatch.setattr(record, "count_gpus", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_race_on_a_machine_without_gpu_and_data(racers):
+    """The sample is made and told of; runs alternate by the same seeds, and each result follows its run."""
+    done = tool("race", "a.py", "b.py --worse=0.1", "--runs=3", "--seed=5", "--muon_lr=1")
+    assert done.returncode == 0 and (racers / "data" / "made").read_text() == "."
+    assert "no CUDA GPU found" in done.stderr and "--preset=sample" in done.stderr
+    lines = done.stdout.splitlines()
+    for i in range(3):
+        both = f"--preset=sample --muon_lr=1 {{}}--seed={5 + i} --log_dir=logs/race/"
+        assert lines[4 * i] == f"run: a.py {both.format('')}a"
+        assert lines[4 * i + 1] == f"A, seed {5 + i}: loss {3.33 + 0.01 * i:.4f}, {9.005 + 0.001 * i:.3f} s"
+        assert lines[4 * i + 2] == f"run: b.py {both.format('--worse=0.1 ')}b"
+    assert lines[-1].startswith("This says nothing about FineWeb: its validation set, 9 tokens of")
+    assert "the small sample model's losses compare only with each other" in lines[-1]
+    (racers / "data" / "last.bin").touch()
+    again = tool("race", "a.py", "b.py --worse=0.1", "--runs=3", "--seed=5", "--muon_lr=1")
+    assert "run: " not in again.stdout and again.stdout.count(", seed ") == 6
+    assert (racers / "data" / "made").read_text() == "."
+    done = tool("race", "a.py", "b.py", "--runs=3", "--seed=5", "--muon_lr=1")
+    assert done.returncode == 2 and "holds runs of another version of b.py or with other flags" in done.stderr
+
+
+def test_race_is_compared_by_pairs(racers):
+    """A seed moves both losses by 0.01, the script by 0.001: pairs show it, Welch's test does not."""
+    done = tool("race", "a.py", "b.py --worse=0.0001", "--runs=5", "--preset=record")
+    assert done.returncode == 0 and "no CUDA GPU" not in done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if re.match(r"(seed|mean| +\d) ", line)]
+    assert " ".join(rows[0]) == "seed loss A loss B B - A time A s time B s B / A"
+    assert rows[1] == ["1", "3.2900", "3.2891", "-0.0009", "9.001", "8.001", "0.8889"]
+    assert rows[5] == ["5", "3.3300", "3.3295", "-0.0005", "9.005", "8.005", "0.8890"]
+    assert rows[6] == ["mean", "3.3100", "3.3093", "-0.0007", "9.003", "8.003", "0.8889"] and len(rows) == 7
+    a, b = ([float(row[i]) for row in rows[1:6]] for i in (1, 2))
+    test = scipy.stats.ttest_rel(b, a)
+    low, high = test.confidence_interval(0.95)
+    error = statistics.stdev(y - x for x, y in zip(a, b, strict=True)) / 5**0.5
+    assert (
+        f"losses, B - A, 5 pairs of equal seed: -0.00070 nats, 95 % interval {low:+.5f} to {high:+.5f},"
+        f" standard error {error:.5f}, paired t-test p {test.pvalue:.4f}\n"
+    ) in done.stdout
+    assert f"Welch p {scipy.stats.ttest_ind(b, a, equal_var=False).pvalue:.4f}\n" in done.stdout
+    assert "B is faster (-1.0000 s), and its loss is better.\n" in done.stdout
+    (racers / "logs" / "race" / "b" / "2.txt").unlink()
+    text = succeeded("compare", "logs/race/a", "logs/race/b")
+    assert "4 pairs of equal seed" in text and not re.search("^ +2 ", text, re.M)
+
+
+def test_race_survives_a_run_that_fails(racers):
+    command = ["race", "a.py", "b.py --fails=2", "--runs=3", "--preset=record"]
+    done = tool(*command)
+    assert done.returncode == 1 and done.stdout.count("run: ") == 6
+    assert "2 pairs of equal seed" in done.stdout
+    failure = "record.py: b.py, seed 2: ended with code 1: RuntimeError: no luck"
+    assert done.stderr.splitlines() == [
+        f"{failure}; the race goes on without this run",
+        "record.py: 1 of 6 runs failed; the same command tries them again",
+    ]
+    (racers / "mended").touch()
+    done = tool(*command)
+    assert (done.returncode, done.stderr, done.stdout.count("run: ")) == (0, "", 1)
+    assert "3 pairs of equal seed" in done.stdout
+    (racers / "mended").unlink()
+    done = tool("race", "a.py", "b.py --fails=1", "--runs=3", "--preset=record", "--out=broken")
+    assert done.returncode == 2 and done.stdout.count("run: ") == 2  # its side has none yet
+    assert done.stderr.endswith("no luck; mend it, and the same command goes on from here\n")
+
+
+def test_race_keeps_to_the_script_it_began_with(racers):
+    """One that is changed in mid-race is found out."""
+    change = "import pathlib\npathlib.Path('a.py').write_text(pathlib.Path('a.py').read_text() + '# more')\n"
+    (racers / "b.py").write_text(f"LOSS, TIME = 3.279, 8000\n{change}{FAKE}")
+    done = tool("race", "a.py", "b.py", "--runs=2", "--preset=record")
+    assert "a.py, seed 2: ended without the log of a finished run of this script" in done.stderr
+
+
+def test_visible_gpus(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    for visible, count in (("", 0), ("-1", 0), ("3", 1), ("0,2", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert record.count_gpus() == count
+
+
+def test_new_keeps_the_other_side(racers):
+    """Its script, with the commit that it is of: the page's diff works where the race's logs are not."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+    for command in (["init", "-q"], ["add", "a.py"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    assert tool("race", "a.py", "b.py", "--runs=2").returncode == 0
+    command = ["new", "b", "logs/race/b", "--records=records", "--against=logs/race/a"]
+    refused(*command, says="keep them with --unproven")
+    succeeded(*command, "--unproven")
+    folder = the_record(racers / "records", "b").relative_to(racers)
+    assert (folder / "against" / "train_gpt.py").read_text() == (racers / "a.py").read_text()
+    text = (folder / "README.md").read_text()
+    assert (
+        f"Against `logs/race/a`, whose script is `against/train_gpt.py` (commit `{commit}`): +1 -1 lines"
+        in text
+    )
+    assert (
+        "**no claim to the target**" in text
+        and "the small sample model's losses compare only with each other" in text
+    )
+    shutil.rmtree("logs")
+    shown = re.search(r"`\./run\.sh record (diff [^`]+)`", text)[1]
+    assert "+LOSS, TIME = 3.279, 8000" in succeeded(*shown.split())
+    succeeded(
+        "new", "c", folder, "--records=records", "--unproven"
+    )  # against a record, which is there for all
+    assert not (the_record(racers / "records", "c") / "against").exists()
+
+
 def test_race_refuses(tmp_path):
     refused("race", TOOL, TOOL, "--runs=1", says="at least 2")
     refused("race", tmp_path / "missing.py", TOOL, says="missing.py: does not exist")
     failing = tmp_path / "failing.py"
     failing.write_text("raise SystemExit(3)")
-    done = tool("race", failing, failing, f"--out={tmp_path}/race", "--nproc=1")
-    assert done.returncode == 2 and "run 1 ended with code 3" in done.stderr
+    options = [f"--out={tmp_path}/race", "--nproc=1", "--preset=record"]
+    refused(
+        "race", failing, failing, *options, says="failing.py, seed 1: ended with code 3: no word; mend it"
+    )
+    refused("race", "'", failing, *options, says="name a script, or in quotes a script and its flags")
+    refused("race", "", failing, *options, says="name a script, or in quotes a script and its flags")
 
 
 def test_two_thousand_logs(tmp_path):
@@ -277,7 +523,7 @@ def test_two_thousand_logs(tmp_path):
     log = (tmp_path / "0.txt").read_bytes()
     assert len(log) > 175_000
     for i in range(1, 2000):
-        (tmp_path / f"{i}.txt").write_bytes(log)
+        (tmp_path / f"{i}.txt").write_bytes(log.replace(b":135000ms", b":%dms" % (135000 + i)))
     program = f"""
 import runpy, sys
 sys.argv = ["record.py", "stats", {str(tmp_path)!r}]
@@ -393,8 +639,11 @@ def test_archived_logs_name_their_script(records, tmp_path):
         "diff", first, the_record(records, "another") / "logs" / "later_0.txt"
     )
     assert "Neither is shown to be faster" in succeeded("compare", first, tmp_path / "a")
-    assert len(record.finished_runs(first / "logs", first / "train_gpt.py")) == 10
-    assert not record.finished_runs(first / "logs", the_record(records, "another") / "train_gpt.py")
+    script = first / "train_gpt.py"
+    series = record.Series(script, script.read_text(), ["--muon_lr=0.03"], first / "logs")
+    assert len(record.finished_runs(series)) == 10
+    assert not record.finished_runs(dataclasses.replace(series, text="def f():\n    return 2\n"))
+    assert not record.finished_runs(dataclasses.replace(series, flags=[]))
     beside = tmp_path / "beside"
     shutil.copytree(first / "logs", beside)
     shutil.copy(first / "train_gpt.py", beside)
@@ -461,6 +710,106 @@ def test_plot(records, tmp_path):
     assert is_png(out, 1000)
 
 
+def draw(monkeypatch, *arguments):
+    """The figure of `plot`, and its axes without the history's."""
+    kept = []
+    save = record.save
+    monkeypatch.setattr(record, "save", lambda drawn, path: kept.append(drawn) or save(drawn, path))
+    succeeded("plot", *arguments)
+    return kept[-1], kept[-1].axes
+
+
+def test_plot_names_and_zooms(tmp_path, monkeypatch):
+    """Folders of one name are told apart; the right half shows 0.02 around the target, or the lowest mean."""
+    for name, loss in (("base/logs", 3.279), ("this/logs", 3.276), ("far/logs", 3.7)):
+        write_runs(tmp_path / name, [loss, loss], [9000, 9100])
+    to = ["-o", tmp_path / "out", f"--records={tmp_path}/none"]
+    drawn, axes = draw(monkeypatch, tmp_path / "base" / "logs", tmp_path / "this", *to)
+    (legend,) = drawn.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "base (2 runs)",
+        "this (2 runs)",
+        "target 3.28",
+    ]
+    assert len(axes) == 4 and axes[1].get_ylim() == axes[3].get_ylim() == pytest.approx((3.26, 3.30))
+    assert [line.get_ydata()[-1] for line in axes[1].lines if line.get_linestyle() == "-"] == [3.279, 3.276]
+    drawn, axes = draw(monkeypatch, tmp_path / "far", *to)
+    assert (
+        axes[1].get_ylim() == pytest.approx((3.68, 3.72)) and "the lowest mean, 3.7;" in axes[1].get_title()
+    )
+    assert is_png(tmp_path / "out.png", 1000) and f"picture: {tmp_path}/out.png\n" == succeeded(
+        "plot", tmp_path, *to
+    )
+
+
+def test_plot_of_many_sets(tmp_path, monkeypatch):
+    """No two of 45 look alike, and the legend stands outside the axes."""
+    for i in range(45):
+        write_runs(tmp_path / "logs" / f"idea_{i}", [3.27 + i / 1000], [9000 + i])
+    drawn, axes = draw(monkeypatch, tmp_path / "logs", "-o", tmp_path / "a.svg", f"--records={tmp_path}/none")
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes[0].lines}
+    assert len(looks) == 45 + 1 and len(drawn.legends) == 1 and not any(axis.get_legend() for axis in axes)
+
+
+@pytest.mark.parametrize(
+    "folders, names",
+    [
+        (["x/baseline/logs", "x/this_pr/logs"], ["baseline", "this_pr"]),
+        (["x/a/1/logs", "y/b/2/logs"], ["x/a/1", "y/b/2"]),
+        (["x/a/run", "x/b/run", "x/c"], ["a/run", "b/run", "c"]),
+        (["x", "x/x"], ["x", "x/x"]),
+        (["x/a.txt", "x/b.txt"], ["a.txt", "b.txt"]),
+        (["records/2026-11-22_books/logs"], ["2026-11-22_books"]),
+        (["x/logs", "x/old"], ["logs", "old"]),
+    ],
+)
+def test_short_names(folders, names):
+    assert record.short_names(list(map(Path, folders))) == names
+
+
+def test_records_of_old_and_of_log_files(tmp_path, monkeypatch):
+    """A record at the target without times is drawn, and one whose logs are .log files is in the history."""
+    for name, step in (
+        ("old", "s:0 tel:10.9\ns:9 tel:{}\n"),
+        ("log", "step:9/9 val_loss:{} train_time:9s step_avg:1ms\n"),
+    ):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            log = f"print({i // 9})\n{LINE}\n{step.format(3.27 + i / 1000)}"
+            (tmp_path / name / f"{i}.log").write_text(log)
+        succeeded("new", name, tmp_path / name, f"--records={tmp_path}/records")
+    drawn, axes = draw(
+        monkeypatch, tmp_path / "old", "-o", tmp_path / "a.png", f"--records={tmp_path}/records"
+    )
+    assert len(axes) == 3  # steps, near the target, and the history with what has times
+    (tmp_path / "records" / "README.md").write_text("\n".join(record.MARKS))
+    succeeded("history", f"--records={tmp_path}/records")
+    rows = [
+        row for row in (tmp_path / "records" / "README.md").read_text().splitlines() if row.startswith("| 20")
+    ]
+    assert len(rows) == 2 and all("3.2710 ± 0.0010, 3 runs" in row for row in rows)
+
+
+def test_new_keeps_logs_of_one_name(tmp_path):
+    """Every run that its page counts is there, under a name of its own."""
+    a = write_runs(tmp_path / "a", [3.27, 3.271], [1, 2], settings=f"seed=1\n{TASK}")
+    b = write_runs(tmp_path / "b", [3.272, 3.273], [3, 4], settings=f"seed=2\n{TASK}")
+    write_runs(b / "deeper", [3.274], [5], settings=f"seed=3\n{TASK}")
+    done = tool("new", "both", a, b, a / "0.txt", f"--records={tmp_path}/records")
+    assert f"one record: 2 of {a}, 2 of {b}, 1 of {b}/deeper\n" in done.stderr
+    folder = the_record(tmp_path / "records", "both")
+    names = ["0-2.txt", "0-3.txt", "0.txt", "1-2.txt", "1.txt"]
+    assert sorted(path.name for path in (folder / "logs").iterdir()) == names
+    rows = re.findall(r"^\| (\S+\.txt) \| (\d) \| (3\.\d+) \|", (folder / "README.md").read_text(), re.M)
+    assert [(seed, loss) for _, seed, loss in rows] == [
+        *(("1", "3.2700"), ("1", "3.2710"), ("2", "3.2720"), ("2", "3.2730"), ("3", "3.2740"))
+    ]
+    for name, _, loss in rows:
+        assert f"{record.read_run(folder / 'logs' / name).loss:.4f}" == loss
+    (found,) = json.loads(succeeded("stats", folder, "--json"))
+    assert found["runs"] == 5
+
+
 def test_what_proves_nothing_goes_to_proxy(tmp_path):
     weak = write_runs(tmp_path / "weak", [3.28, 3.281], [1, 2], settings=TASK)
     proven = write_runs(tmp_path / "proven", PRIOR, PRIOR_MS, settings=TASK)
@@ -490,7 +839,6 @@ def test_new_refuses(tmp_path):
     write_runs(uneven / "more", [3.2], [1], settings=f"{TASK}\nseed=2\nmuon_lr=2")
     refused("new", "a", uneven, to, says="other settings than")
     refused("new", "a", uneven, to, says="muon_lr: 1 -> 2")
-    refused("new", "a", weak, weak, to, says="2 logs are named 0.txt")
     refused("new", "../a", weak, to, says="name a record by letters")
     assert not (tmp_path / "records").exists()
 
@@ -534,6 +882,11 @@ def test_records_pages():
             assert (page.parent / link).exists(), f"{page}: {link}"
     size = sum(path.stat().st_size for path in TOOL.parent.rglob("*") if "__pycache__" not in path.parts)
     assert KEPT and size < 1_500_000
+
+
+def test_the_page_names_what_a_newcomer_needs():
+    text = (TOOL.parent / "README.md").read_text()
+    assert "--unproven" in text and "tests/test_compile.py" in text
 
 
 def test_history_is_written(tmp_path):
@@ -598,7 +951,7 @@ def test_sweep_resumes(tmp_path):
     def sweep():
         return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
 
-    last = run_until(command, 3)[-1]
+    last = run_until(command, 5)[-1]
     assert "baseline/train_gpt.py" in last and "--seed=4" in last
     done = sweep()
     assert done.returncode == 0, done.stderr
