@@ -1092,6 +1092,14 @@ def gradient(p: nn.Parameter) -> Tensor:
     return p.grad
 
 
+def add_product_(grad: Tensor, a: Tensor, b: Tensor):
+    """Add a b to a gradient: NorMuon's have the dtype of the factors, Adam's are float32."""
+    if grad.dtype == a.dtype:
+        grad.addmm_(a, b)
+    else:
+        grad.add_(a @ b)
+
+
 def weight_handle(p: nn.Parameter) -> Weight:
     """A parameter's handle. Its FP8 copies are those that its `Bank` keeps."""
     if not torch.is_grad_enabled():
@@ -1773,15 +1781,15 @@ class _Attention(torch.autograd.Function):
         (qkvo, gate, lambdas), rotary, mask = ctx.rest
         (T, C), dx = dx.shape, dx.contiguous()
         dqkvo = qkvo.grad.view(4 * C, C)
-        dqkvo[3 * C :].addmm_(dx.t(), out.view(T, C))
+        add_product_(dqkvo[3 * C :], dx.t(), out.view(T, C))
         dout = (dx @ qkvo.value.view(4, C, C)[3]).view_as(out)
         dve = None if ve is None else torch.empty_like(ve)
         attended = Attended(*qkv.unbind(1), gates, mask, rotary.scale, out, lse)
         end = QKVEnd(rotary.cos, rotary.sin, factors, v_proj, ve, dve, lambdas.value, lambdas.grad)
         dqkv, dgates = attention_backward(dout, attended, end)
         dqkv = dqkv.view(T, 3 * C)
-        dqkvo[: 3 * C].addmm_(dqkv.t(), h)
-        gate.grad.addmm_(dgates.t(), h[:, :GATE_CHANNELS])
+        add_product_(dqkvo[: 3 * C], dqkv.t(), h)
+        add_product_(gate.grad, dgates.t(), h[:, :GATE_CHANNELS])
         dh = dqkv @ qkvo.read.view(4 * C, C)[: 3 * C]
         dh[:, :GATE_CHANNELS].addmm_(dgates, gate.value)
         return dx, dh, dve, None, None, None, None
@@ -1900,8 +1908,8 @@ class _MLP(torch.autograd.Function):
     def backward(ctx, dx):
         (h, hidden), (c_fc, c_proj), dx = ctx.saved_tensors, ctx.weights, dx.contiguous()
         dhidden, hidden = mlp_hidden_backward(dx, c_proj.dequantized, hidden)
-        c_proj.grad.addmm_(dx.t(), hidden)
-        c_fc.grad.addmm_(h.t(), dhidden)
+        add_product_(c_proj.grad, dx.t(), hidden)
+        add_product_(c_fc.grad, h.t(), dhidden)
         return dx, dhidden @ c_fc.dequantized.t(), None, None, None
 
 

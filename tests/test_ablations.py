@@ -12,7 +12,7 @@ from shards import tiny_flags
 
 import train_gpt
 
-sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "records"))
 import record  # noqa: E402
 
 SEEDS, ENTRIES = record.read_sweep(record.RECORDS / "ablations" / "ablations.txt")

@@ -171,7 +171,7 @@ def run_program(tmp_path, *arguments):
     """What the program prints, with real Triton and a cache of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment["PYTHONPATH"] = os.path.dirname(train_gpt.__file__)
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py"), *arguments]
     command = ["timeout", "--kill-after=5", "120", *command]  # ends ptxas too

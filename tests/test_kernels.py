@@ -213,6 +213,16 @@ def test_fused_version(name, dtype, tolerance, operators):
     check(fused_passes(operator, args, douts, dtype), exact_passes(operator, args, douts), tolerance)
 
 
+def test_gradients_in_float32_of_weights_in_bf16():
+    """A matrix may be Adam's, whose gradients are float32 and then have no rounding of a sum."""
+    torch.manual_seed(0)
+    args, douts = operator_cases()["attention_"]
+    for p in args[2:4]:
+        p.is_table = True
+    found = fused_passes(train_gpt.attention_, args, douts, torch.bfloat16)
+    check(found, exact_passes(train_gpt.attention_, args, douts), 2e-2)
+
+
 def test_operators_with_fused_versions():
     """Those that a GPU spends its time on, and the parts of two of them."""
     spent = {"embedding", "mix_norm", "norm", "attention_", "mlp", "head_loss"}
