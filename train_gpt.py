@@ -28,6 +28,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -91,10 +92,9 @@ LAYERS = (
 
 
 def setting(default, description: str, low: float | None = None, high: float | None = None):
-    """A field with its line for --help and its bounds; a whole number's are by default 1 and int32's."""
-    whole = type(default) is int
-    low = int(whole) if low is None else low
-    high = (2**31 - 1 if whole else math.inf) if high is None else high
+    """A field with its line for --help and its bounds: by default 1 and int32's for a whole number."""
+    bounds = (1, 2**31 - 1) if type(default) is int else (0, 1e6)
+    low, high = (b if given is None else given for given, b in zip((low, high), bounds, strict=True))
     return field(default=default, metadata={"help": description, "low": low, "high": high})
 
 
@@ -250,9 +250,9 @@ def check_settings(s: Hyperparameters):
             raise UsageError(
                 f"--{f.name}={value!a}: give printable text in the locale's encoding, UTF-8 at best"
             )
-        if f.type in (int, float) and not low <= value <= min(high, sys.float_info.max):
-            upper = "" if high == math.inf else " and below 1" if high == BELOW_1 else f" and at most {high}"
-            raise UsageError(f"--{f.name}={value}: give a finite number of at least {low}{upper}")
+        if f.type in (int, float) and not low <= value <= high:
+            upper = "below 1" if high == BELOW_1 else f"at most {high}"
+            raise UsageError(f"--{f.name}={value}: give a number of at least {low} and {upper}")
     if s.train_batch_size % s.micro_batches:
         raise UsageError(
             f"--train_batch_size={s.train_batch_size} is not a multiple of --micro_batches={s.micro_batches};"
@@ -2271,12 +2271,14 @@ class World:
 
 
 class Launch(NamedTuple):
-    """Which process this is, in all and on its machine, and of how many each."""
+    """Which process this is, in all and on its machine, of how many each, and where all meet."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    master_port: int = 0
+    master_addr: str = ""
 
 
 def read_environment() -> Launch:
@@ -2284,21 +2286,41 @@ def read_environment() -> Launch:
 
     Raises UsageError where that is not whole or cannot be.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    values = [os.environ.get(name) for name in names]
-    if values == [None] * 4:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    *numbers, address = values = [os.environ.get(name) for name in names]
+    if values[:4] == [None] * 4:
         return Launch()
-    if all(re.fullmatch("[0-9]{1,9}", value or "") for value in values):
-        launch = Launch(*map(int, values))
+    if address and all(re.fullmatch("[0-9]{1,9}", number or "") for number in numbers):
+        launch = Launch(*map(int, numbers), address)
         if launch.rank < launch.size and launch.local_rank < launch.local_size <= launch.size:
             return launch
     found = ", ".join(f"{name}={value!a}" for name, value in zip(names, values, strict=True))
-    raise UsageError(f"the environment has {found}; start several processes by torchrun, or unset all four")
+    raise UsageError(f"the environment has {found}; start several processes by torchrun, or unset all these")
+
+
+def meet(launch: Launch) -> dist.Store:
+    """The store that all processes share. Raises OSError, ValueError or RuntimeError where they do not meet.
+
+    torchrun sees to it that all come. Those that were started by hand wait 15 s for each other.
+    """
+    if dist.is_torchelastic_launched():
+        return next(dist.rendezvous("env://"))[0]
+    place, end = (launch.master_addr, launch.master_port), time.monotonic() + 15
+    socket.getaddrinfo(*place)
+    while launch.rank:
+        try:
+            socket.create_connection(place, timeout=15).close()
+            break
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+    return next(dist.rendezvous("env://", timeout=timedelta(seconds=15)))[0]
 
 
 def connect(s: Hyperparameters, launch: Launch) -> World:
     """Join the other processes, if there are any; raises UsageError if they do not fit the run or come."""
-    rank, size, local_rank, local_size = launch
+    rank, size, local_rank, local_size, *_ = launch
     gpus = torch.cuda.device_count()
     if gpus and local_size > gpus:
         raise UsageError(
@@ -2323,14 +2345,12 @@ def connect(s: Hyperparameters, launch: Launch) -> World:
         torch.cuda.set_device(device)
         run_operators_on_gpu()
     if size > 1:
-        # torchrun sees to it that all come; those that were started by hand are not waited for in vain.
-        limit = {} if dist.is_torchelastic_launched() else {"timeout": timedelta(seconds=20)}
         try:
-            store, _, _ = next(dist.rendezvous("env://", **limit))
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            store = meet(launch)
+        except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(
-                f"the {size} processes do not meet at MASTER_ADDR, MASTER_PORT ({reason}); start by torchrun"
+                f"{size} processes do not meet at MASTER_ADDR={launch.master_addr!a}"
+                f" MASTER_PORT={launch.master_port} ({str(error).splitlines()[0]}); start them by torchrun"
             ) from None
         backend, device_id = ("nccl", device) if gpus else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
