@@ -317,8 +317,8 @@ import os, sys, signal, time, train_gpt
 numbers = [int(number) for number in sys.argv.pop().split(",")]
 real = train_gpt.write_checkpoint
 def slow_write(*arguments):
-    for number in numbers:
-        os.kill(os.getpid(), number)
+    while numbers:
+        os.kill(os.getpid(), numbers.pop(0))
         time.sleep(0.2)
     real(*arguments)
 train_gpt.write_checkpoint = slow_write

@@ -576,7 +576,7 @@ def test_last_update_not_finite(tmp_path):
         ("torch.OutOfMemoryError()", 1, "the GPU is out of memory; raise --micro_batches"),
         ("KeyboardInterrupt()", 130, "Ctrl-C"),
         ("torch.empty(2**60)", 1, "the machine is out of memory"),
-        ("numpy.empty(2**60)", 1, "the machine is out of memory"),
+        ("numpy.empty(2**50)", 1, "the machine is out of memory"),
         ("open('nowhere/file')", 1, "No such file or directory: 'nowhere/file'"),
         ("train_gpt.UsageError('two\\nlines')", 2, "two lines"),
     ],
