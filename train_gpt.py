@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import errno
 import functools
 import glob
 import itertools
@@ -29,7 +28,6 @@ import shlex
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -123,9 +121,7 @@ class Hyperparameters:
     skips: str = setting("4-7", "long skip connections, from-to, as 4-7,3-8")
     backout: int = setting(8, "layer that the head's input subtracts; -1: none", low=-1, high=len(LAYERS) - 1)
     # schedule
-    num_scheduled_iterations: int = setting(
-        2185, "steps of the learning rate and window schedules", high=10**6
-    )
+    num_scheduled_iterations: int = setting(2185, "steps of the rate and window schedules", high=10**6)
     num_extension_iterations: int = setting(40, "steps after those, at the lowest rate", low=0, high=10**6)
     cooldown_frac: float = setting(0.5, "share of the scheduled steps in which the rate falls", high=1)
     final_lr_scale: float = setting(0.1, "learning rate at the end, as a share of its peak")
@@ -153,9 +149,7 @@ class Hyperparameters:
     seed: int = setting(1337, "seed of the initial parameters", low=0, high=2**63 - 1)
     warmup_steps: int = setting(2, "throw-away steps before the clock, which compile everything", low=0)
     log_dir: str = setting("logs", "folder of the logs and checkpoints")
-    save_every: int = setting(
-        0, "steps between checkpoints, of which the last two are kept; 0 for none", low=0
-    )
+    save_every: int = setting(0, "steps between checkpoints, the last two stay; 0 for none", low=0)
     save_checkpoint: bool = setting(False, "save a checkpoint at the end")
     resume: str = setting("", "go on from this checkpoint, or from the latest in the folder of the logs")
     profile: str = setting("", "profile these steps, FROM:TO, as 20:22, into a trace beside the log")
@@ -247,9 +241,7 @@ def check_settings(s: Hyperparameters):
     for f in dataclasses.fields(s):
         value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
         if f.type is str and not value.isprintable():
-            raise UsageError(
-                f"--{f.name}={value!a}: give printable text in the locale's encoding, UTF-8 at best"
-            )
+            raise UsageError(f"--{f.name}={value!a}: give printable text, in UTF-8")
         if f.type in (int, float) and not low <= value <= high:
             upper = "below 1" if high == BELOW_1 else f"at most {high}"
             raise UsageError(f"--{f.name}={value}: give a number of at least {low} and {upper}")
@@ -835,8 +827,8 @@ FETCH = "python data/cached_fineweb10B.py"
 def read_shard(path: str, vocab_size: int) -> np.ndarray:
     """The tokens of a shard, uint16. Raises UsageError unless the file is whole and of this vocabulary."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(errno.EINVAL, "no regular file")
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise OSError(0, "no regular file")
         with open(path, "rb") as file:
             header = np.fromfile(file, "<i4", HEADER)
             tokens = np.fromfile(file, "<u2")
@@ -1002,9 +994,7 @@ class ValData:
             )
         for other in filter(os.path.exists, glob.glob(s.train_files)):
             if os.path.samefile(path, other):
-                raise UsageError(
-                    f"{path}: --train_files={s.train_files} reads it too; give shards apart from it"
-                )
+                raise UsageError(f"{path}: --train_files={s.train_files} reads it too; keep them apart")
 
     def micro_batches(self, first: int = 0, stride: int = 1):
         """Yield every stride-th micro-batch from the first on, as T + 1 tokens."""
@@ -2282,10 +2272,7 @@ class Launch(NamedTuple):
 
 
 def read_environment() -> Launch:
-    """What torchrun says of this process, if it has started it; nothing else reads the environment.
-
-    Raises UsageError where that is not whole or cannot be.
-    """
+    """What torchrun, if it has started this process, says of it; raises UsageError where that cannot be."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
     *numbers, address = values = [os.environ.get(name) for name in names]
     if values[:4] == [None] * 4:
@@ -2299,14 +2286,11 @@ def read_environment() -> Launch:
 
 
 def meet(launch: Launch) -> dist.Store:
-    """The store that all processes share. Raises OSError, ValueError or RuntimeError where they do not meet.
-
-    torchrun sees to it that all come. Those that were started by hand wait 15 s for each other.
-    """
-    if dist.is_torchelastic_launched():
+    """The store that all processes share; raises OSError, ValueError or RuntimeError if they do not meet."""
+    if dist.is_torchelastic_launched():  # it sees to it that all come; others wait 15 s for each other
         return next(dist.rendezvous("env://"))[0]
     place, end = (launch.master_addr, launch.master_port), time.monotonic() + 15
-    socket.getaddrinfo(*place)
+    socket.getaddrinfo(*place)  # where torch would try a wrong name, or no rank 0, for long and with a stack
     while launch.rank:
         try:
             socket.create_connection(place, timeout=15).close()
@@ -3238,18 +3222,14 @@ def write_checkpoint(path: Path, state: dict):
 
 
 def find_checkpoints(s: Hyperparameters, world: World) -> list[str]:
-    """The file that --resume means and those older than the latest, on every rank as rank 0 finds them.
-
-    Raises UsageError when there is none.
-    """
+    """What --resume means, the latest and those before it or one, as rank 0 finds; UsageError if none."""
     found = [s.resume]
     if s.resume == "latest":
         files = filter(Path.is_file, Path(s.log_dir).glob("*.pt"))
         found = [str(path) for path in sorted(files, key=lambda path: -path.stat().st_mtime_ns)]
         if world.size > 1:
-            shared = [found]
-            dist.broadcast_object_list(shared, device=world.device)
-            (found,) = shared
+            dist.broadcast_object_list(shared := [found], device=world.device)
+            found = shared[0]
     if not found:
         raise UsageError(f"--resume=latest: no checkpoint in --log_dir={s.log_dir}; start without --resume")
     return found
@@ -3266,8 +3246,7 @@ def is_whole(path: str) -> bool:
 def read_checkpoint(path: str, *older: str) -> dict:
     """A checkpoint: settings, step, elapsed (ms) and tensors, on the CPU.
 
-    Raises UsageError for any other file, and for one of which a bit has changed since it was written; that
-    names the first of the older ones that is whole.
+    Raises UsageError for any other file, and for a damaged one, naming the first older one that is whole.
     """
     if not os.path.isfile(path):
         raise UsageError(f"{path}: there is no such file; give --resume=latest or a checkpoint's path")
@@ -3284,21 +3263,19 @@ def other_version(path: str, reason: Exception | str) -> UsageError:
     return UsageError(f"{path}: made by another version of this script ({reason}); use it with that one")
 
 
-def check_tensors(path: str, found: dict[str, Tensor], wanted: dict[str, Tensor]):
-    """Raise UsageError, naming the first that differs, unless shapes and dtypes are as wanted."""
-    for name in sorted(found.keys() | wanted.keys()):
-        shapes = [
-            f"{tuple(t[name].shape)} {t[name].dtype}" if name in t else "missing" for t in (found, wanted)
-        ]
-        if shapes[0] != shapes[1]:
-            raise other_version(path, f"{name}: {shapes[0]}, here {shapes[1]}")
+def check_tensors(path: str, found, wanted):
+    """Raise UsageError unless these (name, tensor) have the names, shapes and dtypes of those wanted."""
+    kinds = [{name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors} for tensors in (found, wanted)]
+    for name in sorted(kinds[0].keys() | kinds[1].keys()):
+        theirs, ours = (kind.get(name, "missing") for kind in kinds)
+        if theirs != ours:
+            raise other_version(path, f"{name}: {theirs}, here {ours}")
 
 
 def resume(trainer: Trainer, path: str, *older: str) -> tuple[int, float]:
     """Put a checkpoint's state into the trainer; returns its step and the training time in ms so far.
 
-    The world may be of another size. Raises UsageError, naming the setting, where settings differ, and as
-    `read_checkpoint`.
+    The world may be of another size. Raises UsageError where settings or tensors differ, naming the first.
     """
     state, settings = read_checkpoint(path, *older), dataclasses.asdict(trainer.s)
     for name in sorted(settings.keys() | state["settings"].keys()):
@@ -3312,7 +3289,7 @@ def resume(trainer: Trainer, path: str, *older: str) -> tuple[int, float]:
     step, tensors = state["step"], state["tensors"]
     if step > trainer.s.total_steps:
         raise UsageError(f"{path}: holds step {step} of a run of {trainer.s.total_steps}; give another one")
-    check_tensors(path, tensors, dict(trainer.whole_state(step)))
+    check_tensors(path, tensors.items(), trainer.whole_state(step))
     trainer.load(tensors, step)
     return step, state["elapsed"]
 
@@ -3340,7 +3317,7 @@ def load_model(path: str) -> GPT:
         for name, p in model.named_parameters():
             hidden = p.optimizer == "normuon"  # their masters are float32
             value = state["tensors"][name].to(world.device, world.dtype if hidden else p.dtype)
-            check_tensors(path, {name: value.to(p.dtype)}, {name: p})
+            check_tensors(path, [(name, value.to(p.dtype))], [(name, p)])
             p.data = value
         for name in ("frequencies", "scale"):
             getattr(model.rotary, name).copy_(state["tensors"][f"rotary.{name}"])
@@ -3502,13 +3479,11 @@ def main() -> int:
     except (RuntimeError, MemoryError) as error:
         code, gpu = 1, isinstance(error, torch.OutOfMemoryError)
         if gpu or isinstance(error, MemoryError) or "allocate memory" in str(error):
-            message = (
-                f"the {'GPU' if gpu else 'machine'} is out of memory; raise --micro_batches, which makes"
-            )
-            message += " the sequences smaller"
+            message = f"the {'GPU' if gpu else 'machine'} is out of memory; raise --micro_batches"
         elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            message = "lost the other processes of this run; the one that ended first says why, and with"
-            message += " checkpoints --resume=latest goes on"
+            message = (
+                "lost the other processes; the one that ended first says why, and --resume=latest goes on"
+            )
         else:
             raise
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
