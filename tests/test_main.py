@@ -549,7 +549,7 @@ def test_no_master(address):
 
 def test_loss_not_finite(tmp_path):
     """An absurd learning rate: the run names the step within ten of it and keeps its log."""
-    done = run([*tiny_flags(tmp_path), "--muon_lr=1e30", "--val_loss_every=0"])
+    done = run([*tiny_flags(tmp_path), "--muon_lr=1e6", "--val_loss_every=0"])
     refused(done, "not finite", "lower the learning rates")
     named = int(re.search(r"the loss of step (\d+) is", done.stderr)[1])
     text = only_log(tmp_path).read_text()
@@ -562,7 +562,7 @@ def test_last_update_not_finite(tmp_path):
     done = run(
         [
             *tiny_flags(tmp_path),
-            "--muon_lr=1e30",
+            "--muon_lr=1e6",
             "--num_scheduled_iterations=2",
             "--num_extension_iterations=0",
         ]
