@@ -27,13 +27,16 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +52,7 @@ from tqdm import tqdm
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 IMPORTED = time.perf_counter()
+NAME = Path(__file__).name  # in error lines: a copy's are told apart
 
 # Part I: Recipe
 # ======================================================================================================
@@ -86,9 +90,10 @@ LAYERS = (
 )
 
 
-def setting(default, description: str, low: float | None = None, high: float = math.inf):
-    """A field with its line for --help and its bounds; `low` is 1 by default for a whole number, else 0."""
-    low = int(type(default) is int) if low is None else low
+def setting(default, description: str, low: float | None = None, high: float | None = None):
+    """A field with its line for --help and its bounds: by default 1 and int32's for a whole number."""
+    bounds = (1, 2**31 - 1) if type(default) is int else (0, 1e6)
+    low, high = (b if given is None else given for given, b in zip((low, high), bounds, strict=True))
     return field(default=default, metadata={"help": description, "low": low, "high": high})
 
 
@@ -111,14 +116,14 @@ class Hyperparameters:
     val_loss_every: int = setting(250, "steps between validations; 0 validates at the end only", low=0)
     # model
     vocab_size: int = setting(50_257, "token ids; the last, BOS, begins each document", low=2, high=65_536)
-    model_dim: int = setting(768, "width of the residual stream", low=12)
+    model_dim: int = setting(768, "width of the residual stream", low=12, high=2**16)
     num_heads: int = setting(6, "attention heads a path")
     layers: str = setting("", "changes to the layer table, as 5.mlp=0,0.attention=2,3.window=long,9.value=-1")
     skips: str = setting("4-7", "long skip connections, from-to, as 4-7,3-8")
     backout: int = setting(8, "layer that the head's input subtracts; -1: none", low=-1, high=len(LAYERS) - 1)
     # schedule
-    num_scheduled_iterations: int = setting(2185, "steps of the learning rate and window schedules")
-    num_extension_iterations: int = setting(40, "steps after those, at the lowest learning rate", low=0)
+    num_scheduled_iterations: int = setting(2185, "steps of the rate and window schedules", high=10**6)
+    num_extension_iterations: int = setting(40, "steps after those, at the lowest rate", low=0, high=10**6)
     cooldown_frac: float = setting(0.5, "share of the scheduled steps in which the rate falls", high=1)
     final_lr_scale: float = setting(0.1, "learning rate at the end, as a share of its peak")
     windows: str = setting(
@@ -145,7 +150,7 @@ class Hyperparameters:
     seed: int = setting(1337, "seed of the initial parameters", low=0, high=2**63 - 1)
     warmup_steps: int = setting(2, "throw-away steps before the clock, which compile everything", low=0)
     log_dir: str = setting("logs", "folder of the logs and checkpoints")
-    save_every: int = setting(0, "steps between checkpoints, each replacing the last; 0 for none", low=0)
+    save_every: int = setting(0, "steps between checkpoints, the last two stay; 0 for none", low=0)
     save_checkpoint: bool = setting(False, "save a checkpoint at the end")
     resume: str = setting("", "go on from this checkpoint, or from the latest in the folder of the logs")
     profile: str = setting("", "profile these steps, FROM:TO, as 20:22, into a trace beside the log")
@@ -196,7 +201,7 @@ def parse_settings(arguments: list[str]) -> Hyperparameters:
     """
     fields = dataclasses.fields(Hyperparameters)
     parser = argparse.ArgumentParser(
-        usage="train_gpt.py [--name=value ...]",
+        usage=f"{NAME} [--name=value ...]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=40, width=200),
@@ -236,9 +241,11 @@ def check_settings(s: Hyperparameters):
     """Raise UsageError, naming the flag, when a value is out of its bounds or does not fit another."""
     for f in dataclasses.fields(s):
         value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
-        if f.type in (int, float) and not (math.isfinite(value) and low <= value <= high):
-            upper = "" if high == math.inf else " and below 1" if high == BELOW_1 else f" and at most {high}"
-            raise UsageError(f"--{f.name}={value}: give a finite number of at least {low}{upper}")
+        if f.type is str and not value.isprintable():
+            raise UsageError(f"--{f.name}={value!a}: give printable text, in UTF-8")
+        if f.type in (int, float) and not low <= value <= high:
+            upper = "below 1" if high == BELOW_1 else f"at most {high}"
+            raise UsageError(f"--{f.name}={value}: give a number of at least {low} and {upper}")
     if s.train_batch_size % s.micro_batches:
         raise UsageError(
             f"--train_batch_size={s.train_batch_size} is not a multiple of --micro_batches={s.micro_batches};"
@@ -821,6 +828,8 @@ FETCH = "python data/cached_fineweb10B.py"
 def read_shard(path: str, vocab_size: int) -> np.ndarray:
     """The tokens of a shard, uint16. Raises UsageError unless the file is whole and of this vocabulary."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise OSError(0, "no regular file")
         with open(path, "rb") as file:
             header = np.fromfile(file, "<i4", HEADER)
             tokens = np.fromfile(file, "<u2")
@@ -984,6 +993,9 @@ class ValData:
                 f"{path}: holds {len(self.tokens)} tokens, but validation needs --val_tokens={s.val_tokens}"
                 " and one more; lower it or give a larger --val_files"
             )
+        for other in filter(os.path.exists, glob.glob(s.train_files)):
+            if os.path.samefile(path, other):
+                raise UsageError(f"{path}: --train_files={s.train_files} reads it too; keep them apart")
 
     def micro_batches(self, first: int = 0, stride: int = 1):
         """Yield every stride-th micro-batch from the first on, as T + 1 tokens."""
@@ -2184,10 +2196,52 @@ class World:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
-def connect(s: Hyperparameters) -> World:
-    """Join the processes that torchrun started, if it did; raises UsageError if they do not fit the run."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    gpus, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+class Launch(NamedTuple):
+    """Which process this is, in all and on its machine, of how many each, and where all meet."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    master_port: int = 0
+    master_addr: str = ""
+
+
+def read_environment() -> Launch:
+    """What torchrun, if it has started this process, says of it; raises UsageError where that cannot be."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    *numbers, address = values = [os.environ.get(name) for name in names]
+    if values[:4] == [None] * 4:
+        return Launch()
+    if address and all(re.fullmatch("[0-9]{1,9}", number or "") for number in numbers):
+        launch = Launch(*map(int, numbers), address)
+        if launch.rank < launch.size and launch.local_rank < launch.local_size <= launch.size:
+            return launch
+    found = ", ".join(f"{name}={value!a}" for name, value in zip(names, values, strict=True))
+    raise UsageError(f"the environment has {found}; start several processes by torchrun, or unset all these")
+
+
+def meet(launch: Launch) -> dist.Store:
+    """The store that all processes share; raises OSError, ValueError or RuntimeError if they do not meet."""
+    if dist.is_torchelastic_launched():  # it sees to it that all come; others wait 15 s for each other
+        return next(dist.rendezvous("env://"))[0]
+    place, end = (launch.master_addr, launch.master_port), time.monotonic() + 15
+    socket.getaddrinfo(*place)  # where torch would try a wrong name, or no rank 0, for long and with a stack
+    while launch.rank:
+        try:
+            socket.create_connection(place, timeout=15).close()
+            break
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+    return next(dist.rendezvous("env://", timeout=timedelta(seconds=15)))[0]
+
+
+def connect(s: Hyperparameters, launch: Launch) -> World:
+    """Join the other processes, if there are any; raises UsageError if they do not fit the run or come."""
+    rank, size, local_rank, local_size, *_ = launch
+    gpus = torch.cuda.device_count()
     if gpus and local_size > gpus:
         raise UsageError(
             f"--nproc_per_node={local_size}, but this machine has {gpus} GPUs; start at most {gpus} processes"
@@ -2207,11 +2261,19 @@ def connect(s: Hyperparameters) -> World:
             )
     device = torch.device("cpu")
     if gpus:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         run_operators_on_gpu()
     if size > 1:
-        dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
+        try:
+            store = meet(launch)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"{size} processes do not meet at MASTER_ADDR={launch.master_addr!a}"
+                f" MASTER_PORT={launch.master_port} ({str(error).splitlines()[0]}); start them by torchrun"
+            ) from None
+        backend, device_id = ("nccl", device) if gpus else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
     return World(rank, size, device)
 
 
@@ -2712,7 +2774,10 @@ def seconds_since_launch() -> float:
 
 
 class Log:
-    """The run's log file, which rank 0 writes by lines, and the console: a bar on a terminal, else lines."""
+    """The run's log file, which rank 0 writes by lines, and the console: a bar on a terminal, else lines.
+
+    A log that is deleted comes back with all its lines; a console that goes away leaves the run to its log.
+    """
 
     def __init__(self, s: Hyperparameters, world: World):
         self.path, self.file, self.bar = None, None, None
@@ -2720,47 +2785,70 @@ class Log:
             name = f"{time.strftime('%Y-%m-%dT%H-%M-%SZ', time.gmtime())}_{uuid.uuid4().hex[:8]}.txt"
             self.path = Path(s.log_dir) / name
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(self.path, "x", buffering=1, encoding="utf-8")
+                self._open()
             except OSError as error:
                 raise UsageError(
                     f"--log_dir={s.log_dir} cannot be written ({error.strerror}); give another folder"
                 ) from None
-            print(f"log: {self.path}", flush=True)
             if sys.stdout.isatty():
                 self.bar = tqdm(total=s.total_steps, unit="step", dynamic_ncols=True, file=sys.stdout)
+
+    def _open(self):
+        """Make the file and its folder, with the lines that it had before it was deleted, if it was."""
+        before = self.file
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "x+", buffering=1, encoding="utf-8", errors="backslashreplace")
+        if before:
+            before.seek(0)
+            shutil.copyfileobj(before, self.file)
+            self.write(f"log: {self.path} was deleted; it is here again")
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         if self.file:
-            with contextlib.suppress(OSError):  # a full disk has been told of already
+            with contextlib.suppress(UsageError, OSError):  # a full disk has been told of already
                 if error is not None:
-                    self.file.write(f"stopped: {str(error) or kind.__name__}\n")
+                    self.write(f"stopped: {str(error) or kind.__name__}", show=False)
                 self.file.close()
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError):
+                self.bar.close()
 
     def write(self, text: str, show: bool = True):
         """A line, or several, for the file and, if shown, for the console."""
         if self.file:
             try:
+                if not self.path.exists():
+                    self._open()
                 self.file.write(text + "\n")
             except OSError as error:
                 raise UsageError(
                     f"{self.path}: cannot be written ({error.strerror}); free space or give another --log_dir"
                 ) from None
-            if show and self.bar is not None:
+            if show:
+                self._show(text)
+
+    def _show(self, text: str = "", step: int | None = None):
+        """Show a line on the console, or move its bar to a step."""
+        try:
+            if step is not None:
+                self.bar.update(step - self.bar.n)
+            elif self.bar is not None:
                 self.bar.write(text, file=sys.stdout)
-            elif show:
+            else:
                 print(text, flush=True)
+        except OSError as error:
+            self.bar = None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.write(f"the console is gone ({error.strerror}); the run goes on with its log", show=False)
 
     def step(self, text: str, step: int):
         """The line of a training step, for which a terminal only moves its bar."""
         self.write(text, show=self.bar is None)
         if self.bar is not None:
-            self.bar.update(step - self.bar.n)
+            self._show(step=step)
 
 
 def describe_machine(world: World) -> str:
@@ -2954,11 +3042,12 @@ class Profiler:
         """Once the device has passed the last profiled step: write the trace."""
         self.profiler.stop()
         trace = self.log.path.with_suffix(".trace.json.gz")
-        self.profiler.export_chrome_trace(str(trace))
-        self.log.write(
-            f"profile: steps {self.steps[0]} to {self.steps[-1]}, trace {trace}; read it with:"
-            f" ./run.sh record profile {self.log.path}"
-        )
+        line = f"profile: steps {self.steps[0]} to {self.steps[-1]}, trace {trace}"
+        try:
+            self.profiler.export_chrome_trace(str(trace))
+            self.log.write(f"{line}; read it with: ./run.sh record profile {self.log.path}")
+        except (OSError, RuntimeError) as error:
+            self.log.write(f"{line} cannot be written ({error}); the run goes on")
 
 
 # ======================================================================================================
@@ -2972,10 +3061,11 @@ FREE_SETTINGS = {
 
 
 class Saver:
-    """Writes a run's checkpoint beside its log, in the background; a new one replaces the old once whole."""
+    """Writes a run's checkpoints beside its log, in the background, and keeps the last two that are whole."""
 
     def __init__(self, log: Log, trainer: Trainer):
-        self.path = log.path and log.path.with_suffix(".pt")
+        self.log, self.path, self.previous = log, None, None
+        self.step, self.stopped_by = None, "SIGTERM"
         self.gpu, self.writer = trainer.world.device.type == "cuda", ThreadPoolExecutor(1)
         self.pending, self.buffers = None, {}
         # Pinned memory takes a second to get, so it is got before the clock starts.
@@ -2984,7 +3074,7 @@ class Saver:
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor | None:
         """A copy in this tensor's host buffer, under way; on rank 0 only."""
-        if not self.path:
+        if not self.log.path:
             return None
         if name not in self.buffers:
             self.buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=self.gpu)
@@ -2996,7 +3086,8 @@ class Saver:
         tensors = {name: self._copy(name, tensor) for name, tensor in trainer.whole_state(step)}
         settings = dataclasses.asdict(trainer.s)
         state = {"settings": settings, "step": step, "elapsed": elapsed, "tensors": tensors}
-        if self.path:
+        self.step = step
+        if self.log.path:
             copied = torch.cuda.Event() if self.gpu else None
             if copied:
                 copied.record()
@@ -3005,22 +3096,17 @@ class Saver:
     def _write(self, state: dict, copied):
         if copied:
             copied.synchronize()
-        temporary = self.path.with_suffix(".pt.tmp")
+        path = self.log.path.with_suffix(f".step{state['step']}.pt")
         try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            write_checkpoint(path, state)
         except (OSError, RuntimeError) as error:  # torch.save may turn a full disk into a RuntimeError
-            temporary.unlink(missing_ok=True)
-            kept = "the one before it is whole" if self.path.exists() else "there is none before it"
+            kept = f"{self.path} is whole" if self.path else "there is none before it"
             raise UsageError(
-                f"{self.path}: the checkpoint cannot be written ({error}); free space ({kept})"
+                f"{path}: the checkpoint cannot be written ({error}); free space ({kept})"
             ) from None
+        if self.previous:
+            self.previous.unlink(missing_ok=True)
+        self.previous, self.path = self.path, path
 
     def check(self, wait: bool = False):
         """Raise UsageError if the last checkpoint could not be written, as far as is known or awaited."""
@@ -3029,58 +3115,105 @@ class Saver:
             self.pending = None
 
 
-def find_checkpoint(s: Hyperparameters, world: World) -> str:
-    """The file that --resume means, on every rank that of rank 0; raises UsageError when there is none."""
+def checksum(data: np.ndarray) -> bytes:
+    """Four bytes that change with any bit of data, uint8: the CRC-32 of the CRC-32s of its 16 MiB blocks."""
+    blocks = [data[i : i + 2**24] for i in range(0, len(data), 2**24)]
+    with ThreadPoolExecutor(4) as threads:
+        sums = np.array(list(threads.map(zlib.crc32, blocks)), "<u4")
+    return zlib.crc32(sums).to_bytes(4, "little")
+
+
+def write_checkpoint(path: Path, state: dict):
+    """Write a file of torch.save and, at its end, the checksum; raises OSError or RuntimeError."""
+    temporary = path.with_suffix(".pt.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it since
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            file.write(checksum(np.memmap(temporary, np.uint8, "r")))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError):
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def find_checkpoints(s: Hyperparameters, world: World) -> list[str]:
+    """What --resume means, the latest and those before it or one, as rank 0 finds; UsageError if none."""
     found = [s.resume]
     if s.resume == "latest":
-        files = sorted(Path(s.log_dir).glob("*.pt"), key=lambda path: path.stat().st_mtime)
-        found = [str(files[-1]) if files else None]
+        files = filter(Path.is_file, Path(s.log_dir).glob("*.pt"))
+        found = [str(path) for path in sorted(files, key=lambda path: -path.stat().st_mtime_ns)]
         if world.size > 1:
-            dist.broadcast_object_list(found, device=world.device)
-    if found[0] is None:
+            dist.broadcast_object_list(shared := [found], device=world.device)
+            found = shared[0]
+    if not found:
         raise UsageError(f"--resume=latest: no checkpoint in --log_dir={s.log_dir}; start without --resume")
-    return found[0]
+    return found
 
 
-def read_checkpoint(path: str) -> dict:
-    """A checkpoint: settings, step, elapsed (ms) and tensors, on the CPU. Raises UsageError for others."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        whole = state.keys() == {"settings", "step", "elapsed", "tensors"}
-    except FileNotFoundError:
-        raise UsageError(f"{path}: does not exist; give --resume=latest or a checkpoint's path") from None
-    except Exception:  # whatever a file that is none makes the reader trip over
-        whole = False
-    if not whole:
-        raise UsageError(f"{path}: not a checkpoint of this script; give another one")
-    return state
+def is_whole(path: str) -> bool:
+    """Whether a file ends in the checksum of all before it, as `write_checkpoint` leaves it."""
+    if os.path.getsize(path) <= 4:
+        return False
+    data = np.memmap(path, np.uint8, "r")
+    return checksum(data[:-4]) == data[-4:].tobytes()
 
 
-def other_version(path: str, reason: Exception) -> UsageError:
+def read_checkpoint(path: str, *older: str) -> dict:
+    """A checkpoint: settings, step, elapsed (ms) and tensors, on the CPU.
+
+    Raises UsageError for any other file, and for a damaged one, naming the first older one that is whole.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f"{path}: there is no such file; give --resume=latest or a checkpoint's path")
+    if not is_whole(path):
+        other = next(filter(is_whole, older), None)
+        advice = f"give --resume={other}" if other else "give another one"
+        raise UsageError(f"{path}: damaged, cut short or no checkpoint of this script; {advice}")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def other_version(path: str, reason: Exception | str) -> UsageError:
     """The refusal of a checkpoint whose settings or tensors are another script's."""
     reason = str(reason).splitlines()[0]
     return UsageError(f"{path}: made by another version of this script ({reason}); use it with that one")
 
 
-def resume(trainer: Trainer, path: str) -> tuple[int, float]:
+def check_tensors(path: str, found, wanted):
+    """Raise UsageError unless these (name, tensor) have the names, shapes and dtypes of those wanted."""
+    kinds = [{name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors} for tensors in (found, wanted)]
+    for name in sorted(kinds[0].keys() | kinds[1].keys()):
+        theirs, ours = (kind.get(name, "missing") for kind in kinds)
+        if theirs != ours:
+            raise other_version(path, f"{name}: {theirs}, here {ours}")
+
+
+def resume(trainer: Trainer, path: str, *older: str) -> tuple[int, float]:
     """Put a checkpoint's state into the trainer; returns its step and the training time in ms so far.
 
-    The world may be of another size. Raises UsageError, naming the setting, where settings differ.
+    The world may be of another size. Raises UsageError where settings or tensors differ, naming the first.
     """
-    state, settings = read_checkpoint(path), dataclasses.asdict(trainer.s)
+    state, settings = read_checkpoint(path, *older), dataclasses.asdict(trainer.s)
     for name in sorted(settings.keys() | state["settings"].keys()):
         if name not in settings or name not in state["settings"]:
-            raise other_version(path, KeyError(f"--{name}"))
+            raise other_version(path, f"--{name}")
         theirs, ours = state["settings"][name], settings[name]
         if theirs != ours and name not in FREE_SETTINGS:
             raise UsageError(
                 f"{path}: made with --{name}={theirs}, and this run has {ours}; give that, or another one"
             )
-    try:
-        trainer.load(state["tensors"], state["step"])
-    except (KeyError, RuntimeError) as error:  # a tensor is missing or of another shape
-        raise other_version(path, error) from None
-    return state["step"], state["elapsed"]
+    step, tensors = state["step"], state["tensors"]
+    if step > trainer.s.total_steps:
+        raise UsageError(f"{path}: holds step {step} of a run of {trainer.s.total_steps}; give another one")
+    check_tensors(path, tensors.items(), trainer.whole_state(step))
+    trainer.load(tensors, step)
+    return step, state["elapsed"]
 
 
 def load_model(path: str) -> GPT:
@@ -3094,7 +3227,7 @@ def load_model(path: str) -> GPT:
         losses = model(batch, model.inputs)         # nats of each token but the first, float32 (T - 1,)
         logits = model.logits(batch, model.inputs)  # float32 (T - 1, padded vocabulary)
 
-    Raises UsageError for any other file.
+    Raises UsageError for any other file, and for one that is not as it was written.
     """
     state = read_checkpoint(path)
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -3105,7 +3238,9 @@ def load_model(path: str) -> GPT:
         model = GPT(s, longest_sequence(s), world.dtype).to(world.device).eval().requires_grad_(False)
         for name, p in model.named_parameters():
             hidden = p.optimizer == "normuon"  # their masters are float32
-            p.data = state["tensors"][name].to(world.device, world.dtype if hidden else p.dtype)
+            value = state["tensors"][name].to(world.device, world.dtype if hidden else p.dtype)
+            check_tensors(path, [(name, value.to(p.dtype))], [(name, p)])
+            p.data = value
         for name in ("frequencies", "scale"):
             getattr(model.rotary, name).copy_(state["tensors"][f"rotary.{name}"])
     except (TypeError, KeyError) as error:  # a setting is unknown, or a tensor missing
@@ -3121,15 +3256,31 @@ def load_model(path: str) -> GPT:
 # Main
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Terminated(BaseException):
-    """SIGTERM came; the text says where training stands."""
+    """SIGTERM came, or SIGHUP from a terminal that closes; the text says where training stands."""
 
 
 def stop_once(number, _):
-    """Handle Ctrl-C and, until checkpoints are on, SIGTERM: the first ends the run, and no other is heard."""
-    for each in (signal.SIGINT, signal.SIGTERM):  # torchrun hands them on once more
+    """Handle Ctrl-C and, until checkpoints are on, the others: the first ends the run, no other is heard."""
+    for each in STOPS:  # torchrun hands them on once more
         signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated("SIGTERM")
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(signal.Signals(number).name)
+
+
+def save_first(trainer: Trainer, saver: Saver):
+    """From now on SIGTERM and SIGHUP save before they end the run, which then takes two Ctrl-C to break."""
+
+    def stop_after_step(number, _):
+        if not trainer.stop and signal.getsignal(signal.SIGINT) is stop_once:
+            signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, stop_once))
+        trainer.stop, saver.stopped_by = True, signal.Signals(number).name
+
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) is stop_once:
+            signal.signal(each, stop_after_step)
 
 
 @contextlib.contextmanager
@@ -3151,12 +3302,13 @@ def run(s: Hyperparameters, world: World):
             show=False,
         )
         log.write(f"arguments: {shlex.join(sys.argv[1:])}\n{describe_settings(s)}", show=False)
+        log.write(f"log: {log.path}")
         imported = seconds_since_launch()
         trainer, start, elapsed = Trainer(s, world), 0, 0.0
         if s.resume:
-            path = find_checkpoint(s, world)
-            start, elapsed = resume(trainer, path)
-            log.write(f"resumed: step {start} of {path}")
+            found = find_checkpoints(s, world)
+            start, elapsed = resume(trainer, *found)
+            log.write(f"resumed: step {start} of {found[0]}")
         train.check()
         built = seconds_since_launch()
         trainer.warm_up(train, val)
@@ -3171,8 +3323,7 @@ def run(s: Hyperparameters, world: World):
         timer, saver = Timer(log, s.total_steps, world, elapsed), None
         if s.save_every or s.save_checkpoint:
             saver = Saver(log, trainer)
-            # From now on a SIGTERM saves first.
-            signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop", True))
+            save_first(trainer, saver)
         train_all(trainer, start, train, val, timer, saver)
         log.write(final_report(trainer.model))
 
@@ -3180,7 +3331,7 @@ def run(s: Hyperparameters, world: World):
 def train_all(
     trainer: Trainer, start: int, train: TrainLoader, val: ValLoader, timer: Timer, saver: Saver | None
 ):
-    """Every step from start on, with validations and checkpoints; raises Terminated after a SIGTERM."""
+    """Every step from start on, with validations and checkpoints; raises Terminated when told to stop."""
     s, log, stream = trainer.s, timer.log, train.stream(start, trainer.s.total_steps)
     profiler = Profiler(s, trainer.world, log)
     timer.start()
@@ -3213,54 +3364,59 @@ def train_all(
                 saver.save(trainer, step + 1, ms)
         if stopping:
             saver.check(wait=True)
-            raise Terminated(f"SIGTERM after step {step + 1}; go on with --resume={saver.path}")
+            raise Terminated(f"{saver.stopped_by} after step {step + 1}; go on with --resume={saver.path}")
     if saver:
-        if s.save_checkpoint:
+        if s.save_checkpoint and saver.step != s.total_steps:
             saver.save(trainer, s.total_steps, ms)
         saver.check(wait=True)
-        if saver.path and saver.path.exists():
+        if saver.path:
             log.write(f"checkpoint: {saver.path}")
 
 
 def main() -> int:
     """Parse the flags and run; returns 0. What stops it ends in a line and an exit code, 2 for a mistake."""
-    rank, alike = os.environ.get("RANK", "0"), False
+    launch, alike = Launch(), False
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
-        signal.signal(signal.SIGTERM, stop_once)
-        # In the background a shell has it ignored.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, stop_once)
+        for each in STOPS:
+            if signal.getsignal(each) != signal.SIG_IGN:  # as nohup and a shell's background have them
+                signal.signal(each, stop_once)
+        launch = read_environment()
         settings = parse_settings(sys.argv[1:])
-        run(settings, connect(settings))
+        run(settings, connect(settings, launch))
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
     except UsageError as error:
         message, code = str(error), 2
-    except torch.OutOfMemoryError:
-        message, code = (
-            "the GPU is out of memory; raise --micro_batches, which makes the sequences smaller",
-            1,
-        )
     except KeyboardInterrupt:
         message, code, alike = "stopped by Ctrl-C", 130, True
     except Terminated as error:
         message, code, alike = f"stopped by {error}", 143, True
-    except RuntimeError as error:
-        if not (dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))):
+    except OSError as error:
+        message, code = str(error), 1
+    except (RuntimeError, MemoryError) as error:
+        code, gpu = 1, isinstance(error, torch.OutOfMemoryError)
+        if gpu or isinstance(error, MemoryError) or "allocate memory" in str(error):
+            message = f"the {'GPU' if gpu else 'machine'} is out of memory; raise --micro_batches"
+        elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            message = (
+                "lost the other processes; the one that ended first says why, and --resume=latest goes on"
+            )
+        else:
             raise
-        message = (
-            "lost the other processes of this run; the one that ended first says why, and with checkpoints"
-        )
-        message, code = f"{message} --resume=latest goes on", 1
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if rank != "0" and not alike:
+    if launch.rank and not alike:
         time.sleep(5)  # rank 0, if it stops alike, says so, and torchrun then ends this process in its sleep
-    if rank == "0" or not alike:
-        print(
-            f"train_gpt.py: {'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr, flush=True
-        )
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        if not (launch.rank and alike):
+            message = " ".join(message.splitlines())
+            rank = f"rank {launch.rank}: " if launch.rank else ""
+            print(f"{NAME}: {rank}{message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
     # An orderly end would wait for shards still to be read, and for ranks that wait in a collective.
     os._exit(code)
 

@@ -1,6 +1,7 @@
 """Checkpoints: a run goes on from one as it would have without it; no stopped save loses the last."""
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -30,8 +31,8 @@ from train_gpt import (
 
 
 def checkpoint(folder):
-    (path,) = (folder / "logs").glob("*.pt")
-    return path
+    """The newest checkpoint of a folder's only run."""
+    return max((folder / "logs").glob("*.pt"), key=lambda path: int(path.stem.partition(".step")[2]))
 
 
 def train(trainer, loader, start, end):
@@ -76,7 +77,9 @@ def test_resumed_run(tmp_path):
     whole = run([*flags, "--save_every=7"])
     assert whole.returncode == 0, whole.stderr
     path = checkpoint(tmp_path)
-    assert torch.load(path, weights_only=True)["step"] == 14 and not list((tmp_path / "logs").glob("*.tmp"))
+    assert torch.load(path, weights_only=True)["step"] == 14
+    kept = {file.name.partition(".")[2] for file in (tmp_path / "logs").iterdir()}
+    assert kept == {"txt", "step7.pt", "step14.pt"}
     resumed = run([*flags, "--resume=latest"])
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed: step 14 of {path}" in resumed.stdout and "from launch to step 14" in resumed.stdout
@@ -167,22 +170,20 @@ def test_refused_checkpoints(trained, tmp_path):
         "made with --muon_lr=0.03",
         "this run has 0.5",
     )
-    refused(run([*flags, f"--resume={tmp_path}/none.pt"]), "none.pt", "does not exist")
+    refused(run([*flags, f"--resume={tmp_path}/none.pt"]), "none.pt", "there is no such file")
     refused(
         run([*flags, "--resume=latest", f"--log_dir={tmp_path}/empty"]),
         "--resume=latest: no checkpoint in --log_dir=",
     )
-    (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:50_000])
-    refused(run([*flags, f"--resume={tmp_path}/cut.pt"]), "cut.pt", "not a checkpoint")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
-    with pytest.raises(UsageError, match="not a checkpoint"):
+    with pytest.raises(UsageError, match="no checkpoint of this script"):
         train_gpt.load_model(str(tmp_path / "other.pt"))
     state = torch.load(path, weights_only=True)
     del state["tensors"]["lm_head.weight"]
-    torch.save(state, tmp_path / "older.pt")
+    train_gpt.write_checkpoint(tmp_path / "older.pt", state)
     refused(
         run([*flags, f"--resume={tmp_path}/older.pt"]),
-        "older.pt: made by another version of this script ('lm_head.weight')",
+        "older.pt: made by another version of this script (lm_head.weight: missing",
     )
     with pytest.raises(UsageError, match="made by another version"):
         train_gpt.load_model(str(tmp_path / "older.pt"))
@@ -215,8 +216,8 @@ def test_checkpoint_of_the_old_layout(trained, tmp_path):
     assert {"embedding", "values.0", "slots.1.attention.0", "slots.1.mlp_in.0.first", "head"} <= set(tensors)
     settings = dict(state["settings"])
     settings["mlp_in_lr_mul"] = settings.pop("c_fc_lr_mul")
-    torch.save(state | {"tensors": tensors, "settings": settings}, tmp_path / "old.pt")
-    torch.save(state | {"tensors": tensors}, tmp_path / "renamed.pt")
+    train_gpt.write_checkpoint(tmp_path / "old.pt", state | {"tensors": tensors, "settings": settings})
+    train_gpt.write_checkpoint(tmp_path / "renamed.pt", state | {"tensors": tensors})
     refused(run([*flags, f"--resume={tmp_path}/old.pt"]), "old.pt: made ", "c_fc_lr_mul")
     trainer = Trainer(parse_settings(flags), World())
     with pytest.raises(UsageError, match="renamed.pt: made by another version of this script"):
@@ -275,7 +276,7 @@ def test_killed_while_saving(tmp_path):
         )
         assert done.returncode in (7, 9), done.stderr
         s = parse_settings([*flags, "--resume=latest"])
-        seen.append(train_gpt.read_checkpoint(train_gpt.find_checkpoint(s, World()))["step"])
+        seen.append(train_gpt.read_checkpoint(*train_gpt.find_checkpoints(s, World()))["step"])
         if done.returncode == 7:
             break
     assert seen == 5 * [4] + 4 * [
@@ -283,32 +284,81 @@ def test_killed_while_saving(tmp_path):
     ]  # two boundaries each: save, sync, replace, sync of the folder; then none
 
 
-def test_sigterm_saves(tmp_path):
+@pytest.mark.parametrize("ranks, number", [(1, signal.SIGHUP), (2, signal.SIGTERM)])
+def test_signal_saves(tmp_path, ranks, number):
     """With checkpoints on: the step is finished, saved, and the run goes on from there to the same end."""
     flags = [*tiny_flags(tmp_path), "--model_dim=64", "--val_loss_every=20"]
-    for ranks in (1, 2):
-        command = [sys.executable] if ranks == 1 else [*TORCHRUN, "--nproc_per_node=2"]
-        child = subprocess.Popen(
-            [*command, str(SCRIPT), *flags, "--num_scheduled_iterations=44", "--save_every=1000"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT,
-        )
-        for line in child.stdout:
-            if line.startswith("step:3/"):
-                break
-        child.send_signal(signal.SIGTERM)
-        _, errors = child.communicate(timeout=60)
-        code = child.returncode
-        assert (code == 143) if ranks == 1 else code != 0, (ranks, code, errors)
-        said = r"train_gpt.py: stopped by SIGTERM after step (\d+); go on with --resume=(\S+\.pt)"
-        found = re.search(said, errors)
-        assert found and 3 <= int(found[1]) < 40, errors
-        assert torch.load(found[2], weights_only=True)["step"] == int(found[1]), errors
-        assert ranks > 1 or "Traceback" not in errors
-        resumed = run([*flags, "--num_scheduled_iterations=44", "--resume=latest"])
-        assert "step:46/46 val_loss" in resumed.stdout, resumed.stderr
+    command = [sys.executable] if ranks == 1 else [*TORCHRUN, "--nproc_per_node=2"]
+    child = subprocess.Popen(
+        [*command, str(SCRIPT), *flags, "--num_scheduled_iterations=44", "--save_every=1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    for line in child.stdout:
+        if line.startswith("step:3/"):
+            break
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    code = child.returncode
+    assert (code == 143) if ranks == 1 else code != 0, (ranks, code, errors)
+    said = rf"train_gpt.py: stopped by {number.name} after step (\d+); go on with --resume=(\S+\.pt)"
+    found = re.search(said, errors)
+    assert found and 3 <= int(found[1]) < 40, errors
+    assert torch.load(found[2], weights_only=True)["step"] == int(found[1]), errors
+    assert ranks > 1 or "Traceback" not in errors
+    resumed = run([*flags, "--num_scheduled_iterations=44", "--resume=latest"])
+    assert "step:46/46 val_loss" in resumed.stdout, resumed.stderr
+
+
+SIGNALLED = """
+import os, sys, signal, time, train_gpt
+numbers = [int(number) for number in sys.argv.pop().split(",")]
+real = train_gpt.write_checkpoint
+def slow_write(*arguments):
+    while numbers:
+        os.kill(os.getpid(), numbers.pop(0))
+        time.sleep(0.2)
+    real(*arguments)
+train_gpt.write_checkpoint = slow_write
+sys.exit(train_gpt.main())
+"""
+
+
+def signalled(folder, *numbers, ignored=signal.SIGCHLD):
+    """A run with a save after step 5, in which these signals come."""
+
+    def dispositions():  # tests started in the background inherit SIGINT ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(ignored, signal.SIG_IGN)
+
+    flags = [*tiny_flags(folder), "--save_every=5", "--val_loss_every=0", "--warmup_steps=0"]
+    return subprocess.run(
+        [sys.executable, "-c", SIGNALLED, *flags, ",".join(map(str, map(int, numbers)))],
+        cwd=SCRIPT.parent,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
+        preexec_fn=dispositions,
+    )
+
+
+def test_ctrl_c_while_saving(tmp_path):
+    """After a SIGTERM one Ctrl-C does not break the save, and a second one ends it at once."""
+    done = signalled(tmp_path / "a", signal.SIGTERM, signal.SIGINT)
+    refused(done, "stopped by SIGTERM after step ", code=143)
+    assert torch.load(checkpoint(tmp_path / "a"), weights_only=True)["step"] >= 5
+    done = signalled(tmp_path / "b", signal.SIGTERM, signal.SIGINT, signal.SIGINT)
+    refused(done, "stopped by Ctrl-C", code=130)
+    assert not list((tmp_path / "b" / "logs").glob("*.pt"))
+
+
+def test_nohup(tmp_path):
+    """A hang-up that was ignored at the start stays so."""
+    done = signalled(tmp_path, signal.SIGHUP, ignored=signal.SIGHUP)
+    assert done.returncode == 0 and "step:20/20 val_loss" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -384,9 +434,93 @@ def test_two_runs_in_one_folder(tmp_path):
     ]
     assert [child.wait(timeout=120) for child in children] == [0, 0]
     logs = sorted((tmp_path / "logs").glob("*.txt"))
-    checkpoints = sorted((tmp_path / "logs").glob("*.pt"))
-    assert len(logs) == 2 and [path.with_suffix(".txt") for path in checkpoints] == logs
+    assert len(logs) == 2 and len(os.listdir(tmp_path / "logs")) == 6
     for log in logs:
         seed = int(re.search(r"^seed=(\d)$", log.read_text(), re.M)[1])
-        assert torch.load(log.with_suffix(".pt"), weights_only=True)["settings"]["seed"] == seed
-    assert os.listdir(tmp_path / "logs").__len__() == 4
+        for step in (15, 20):
+            state = torch.load(log.with_suffix(f".step{step}.pt"), weights_only=True)
+            assert state["settings"]["seed"] == seed and state["step"] == step
+
+
+def damaged(data, fault, rng):
+    """A checkpoint's bytes with a fault of a kind."""
+    data, place = bytearray(data), rng.randrange(len(data))
+    if fault == "bit":
+        data[place] ^= 1 << rng.randrange(8)
+    elif fault == "zeros":
+        place = min(place, len(data) - 4096)
+        assert any(data[place : place + 4096])
+        data[place : place + 4096] = bytes(4096)
+    elif fault == "cut":
+        del data[place:]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("fault", ["bit", "zeros", "cut"])
+def test_damaged_checkpoints(trained, tmp_path, fault):
+    """Anywhere in the file, its ends included: 40 of 40 are refused, while the file as it was is not."""
+    folder, _, _ = trained
+    data, path, rng = checkpoint(folder).read_bytes(), tmp_path / "damaged.pt", random.Random(fault)
+    for _ in range(40):
+        path.write_bytes(damaged(data, fault, rng))
+        with pytest.raises(UsageError, match="damaged, cut short or no checkpoint of this script"):
+            train_gpt.read_checkpoint(str(path))
+    for place in (0, 4096, len(data) - 1):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert not train_gpt.is_whole(path)
+    for size in (0, 1, 4):
+        path.write_bytes(bytes(size))
+        assert not train_gpt.is_whole(path)
+    path.write_bytes(data)
+    assert train_gpt.read_checkpoint(str(path))["step"] == 9
+    with pytest.raises(UsageError, match="damaged.pt: damaged"):
+        path.write_bytes(damaged(data, fault, rng))
+        train_gpt.load_model(str(path))
+
+
+def test_latest_names_the_next_whole_one(trained, tmp_path):
+    """Beside links to nowhere, and past another damaged one."""
+    folder, flags, _ = trained
+    data = checkpoint(folder).read_bytes()
+    for i, name in enumerate(("oldest", "whole", "cut", "bad")):
+        (tmp_path / f"{name}.pt").write_bytes(data[: 1000 if name in ("cut", "bad") else None])
+        os.utime(tmp_path / f"{name}.pt", (i, i))
+    (tmp_path / "dangling.pt").symlink_to("nowhere")
+    s = parse_settings([*flags, "--resume=latest", f"--log_dir={tmp_path}"])
+    found = train_gpt.find_checkpoints(s, World())
+    assert [os.path.basename(path) for path in found] == ["bad.pt", "cut.pt", "whole.pt", "oldest.pt"]
+    with pytest.raises(UsageError, match=f"bad.pt: damaged.*; give --resume={tmp_path}/whole.pt$"):
+        train_gpt.resume(Trainer(s, World()), *found)
+    with pytest.raises(UsageError, match="give another one$"):
+        train_gpt.read_checkpoint(*found[:2])
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda state: state["tensors"].update(embed=state["tensors"]["embed"].t().clone()),
+            "embed: (32, 384)",
+        ),
+        (lambda state: state["tensors"].update(embed=state["tensors"]["embed"].double()), "torch.float64"),
+        (
+            lambda state: state["tensors"].update(extra=torch.zeros(3)),
+            "extra: (3,) torch.float32, here missing",
+        ),
+        (lambda state: state.update(step=10), "holds step 10 of a run of 9"),
+    ],
+)
+def test_checkpoint_of_another_shape(trained, tmp_path, change, says):
+    """Tensors of as many numbers in other shapes, others, and a step beyond the end; nothing is loaded."""
+    folder, flags, _ = trained
+    state = torch.load(checkpoint(folder), weights_only=True)
+    change(state)
+    train_gpt.write_checkpoint(tmp_path / "changed.pt", state)
+    trainer = Trainer(parse_settings(flags), World())
+    before = [bank.param.clone() for bank in trainer.banks]
+    with pytest.raises(UsageError, match=re.escape(says)):
+        train_gpt.resume(trainer, str(tmp_path / "changed.pt"))
+    assert all(torch.equal(bank.param, kept) for bank, kept in zip(trainer.banks, before, strict=True))
+    if "(32, 384)" in says:
+        with pytest.raises(UsageError, match=re.escape(says)):
+            train_gpt.load_model(str(tmp_path / "changed.pt"))

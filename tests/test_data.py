@@ -247,3 +247,26 @@ def test_shared_corpus_feeds_210_steps(tmp_path):
     assert planned_steps(loader) == 210
     loader.check()
     assert train_gpt.MAGIC == 20240520
+
+
+def test_validation_shard_among_the_training_shards(tmp_path):
+    """Under its own name, or through a link of either kind; a link to nowhere is no shard."""
+    write_shard(tmp_path / "val_0.bin", documents(200, 30))
+    s = flags(tmp_path, "--val_tokens=400")
+    (tmp_path / "train_2.bin").symlink_to("nowhere")
+    ValLoader(s, World())
+    for link in (os.link, os.symlink):
+        link(tmp_path / "val_0.bin", tmp_path / "train_1.bin")
+        with pytest.raises(UsageError, match=r"val_0.bin: --train_files=.*train_\*.bin reads it too"):
+            ValLoader(s, World())
+        (tmp_path / "train_1.bin").unlink()
+    with pytest.raises(UsageError, match="reads it too"):
+        ValLoader(flags(tmp_path, "--val_tokens=400", f"--train_files={tmp_path}/*.bin"), World())
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_no_regular_shard(tmp_path, make):
+    """A pipe, which would be waited for, and a folder."""
+    make(tmp_path / "train_0.bin")
+    with pytest.raises(UsageError, match="train_0.bin: cannot be read"):
+        TrainLoader(flags(tmp_path), World()).check()

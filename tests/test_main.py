@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from shards import documents, tiny_flags, write_shard
 from test_data import thirds, varied
 
 import train_gpt
-from train_gpt import StepInputs, Trainer, TrainLoader, UsageError, ValLoader, World, parse_settings
+from train_gpt import Launch, StepInputs, Trainer, TrainLoader, UsageError, ValLoader, World, parse_settings
 
 SCRIPT = Path(train_gpt.__file__)
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
@@ -348,24 +349,22 @@ def test_world_does_not_divide_the_micro_batches(tmp_path):
 def test_world_does_not_divide_a_later_shape(monkeypatch):
     """Before any process waits for another, in one line, though the first steps could be dealt."""
     monkeypatch.setattr(train_gpt, "step_shape", thirds)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "4")
     s = parse_settings(["--preset=sample"])
     with pytest.raises(UsageError) as error:
-        train_gpt.connect(s)
+        train_gpt.connect(s, Launch(size=4))
     assert str(error.value) in [
         f"--micro_batches={count} cannot be dealt to 4 processes; give a multiple of 4" for count in (2, 6)
     ]
     monkeypatch.setattr(train_gpt, "step_shape", lambda step, s: thirds(step, s)._replace(micro_batches=4))
+    monkeypatch.setattr(train_gpt, "meet", lambda launch: None)
     monkeypatch.setattr(train_gpt.dist, "init_process_group", lambda *_, **more: None)
-    assert train_gpt.connect(s).size == 4
+    assert train_gpt.connect(s, Launch(size=4)).size == 4
     odd = train_gpt.StepShape(5, 512, 512)
     monkeypatch.setattr(
         train_gpt, "step_shape", lambda step, s: odd if step == s.total_steps - 1 else thirds(0, s)
     )
-    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="--micro_batches=5 cannot be dealt to 2 processes"):
-        train_gpt.connect(s)
+        train_gpt.connect(s, Launch(size=2))
 
 
 PLAIN_PARAMETER = """
@@ -498,14 +497,59 @@ def test_another_step_input(tmp_path):
 
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(train_gpt.UsageError, match="--nproc_per_node=3, but this machine has 2 GPUs"):
-        train_gpt.connect(train_gpt.parse_settings([]))
+        train_gpt.connect(train_gpt.parse_settings([]), Launch(size=3, local_size=3))
+
+
+GOOD = dict(RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_PORT="1", MASTER_ADDR="a")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(dict.fromkeys(set(GOOD) - {name}) for name in GOOD if not name.startswith("MASTER")),
+        *({name: None} for name in GOOD),
+        *(
+            {name: text}
+            for name in GOOD
+            for text in ("", *["abc", "-1", "1.5", "9" * 20] * (name != "MASTER_ADDR"))
+        ),
+        dict(WORLD_SIZE="0"),
+        dict(WORLD_SIZE="1"),
+        dict(RANK="4"),
+        dict(LOCAL_RANK="2"),
+        dict(LOCAL_WORLD_SIZE="5"),
+    ],
+    ids=str,
+)
+def test_environment(monkeypatch, change):
+    """What torchrun sets is read; where any of it is missing or wrong, one line says what there is."""
+    for name, text in (GOOD | change).items():
+        monkeypatch.delenv(name, raising=False)
+        if text is not None:
+            monkeypatch.setenv(name, text)
+    with pytest.raises(UsageError, match="the environment has RANK=.*; start several processes by torchrun"):
+        train_gpt.read_environment()
+    for name, text in GOOD.items():
+        monkeypatch.setenv(name, text)
+    assert train_gpt.read_environment() == Launch(1, 4, 1, 2, 1, "a")
+    for name in list(GOOD)[:4]:
+        monkeypatch.delenv(name)
+    assert train_gpt.read_environment() == Launch()
+
+
+@pytest.mark.parametrize("address", ["no.such.host.invalid", "a..b", "256.256.256.256"])
+def test_no_master(address):
+    """An address that means nothing is refused at once, before torch tries it for half an hour."""
+    s = parse_settings(["--preset=sample"])
+    with pytest.raises(UsageError, match=f"2 processes do not meet at MASTER_ADDR='{address}'") as error:
+        train_gpt.connect(s, Launch(size=2, local_size=2, master_port=1, master_addr=address))
+    assert "\n" not in str(error.value)
 
 
 def test_loss_not_finite(tmp_path):
     """An absurd learning rate: the run names the step within ten of it and keeps its log."""
-    done = run([*tiny_flags(tmp_path), "--muon_lr=1e30", "--val_loss_every=0"])
+    done = run([*tiny_flags(tmp_path), "--muon_lr=1e6", "--val_loss_every=0"])
     refused(done, "not finite", "lower the learning rates")
     named = int(re.search(r"the loss of step (\d+) is", done.stderr)[1])
     text = only_log(tmp_path).read_text()
@@ -518,7 +562,7 @@ def test_last_update_not_finite(tmp_path):
     done = run(
         [
             *tiny_flags(tmp_path),
-            "--muon_lr=1e30",
+            "--muon_lr=1e6",
             "--num_scheduled_iterations=2",
             "--num_extension_iterations=0",
         ]
@@ -528,12 +572,19 @@ def test_last_update_not_finite(tmp_path):
 
 @pytest.mark.parametrize(
     "error, code, says",
-    [("torch.OutOfMemoryError()", 1, "raise --micro_batches"), ("KeyboardInterrupt()", 130, "Ctrl-C")],
+    [
+        ("torch.OutOfMemoryError()", 1, "the GPU is out of memory; raise --micro_batches"),
+        ("KeyboardInterrupt()", 130, "Ctrl-C"),
+        ("torch.empty(2**60)", 1, "the machine is out of memory"),
+        ("numpy.empty(2**50)", 1, "the machine is out of memory"),
+        ("open('nowhere/file')", 1, "No such file or directory: 'nowhere/file'"),
+        ("train_gpt.UsageError('two\\nlines')", 2, "two lines"),
+    ],
 )
 def test_exit_codes(error, code, says):
     """Also with a reader thread still at work, for which no user waits."""
     program = f"""
-import sys, threading, time, torch, train_gpt
+import numpy, sys, threading, time, torch, train_gpt
 def run(*_):
     threading.Thread(target=time.sleep, args=(60,)).start()
     raise {error}
@@ -560,11 +611,16 @@ def alive(group):
 
 
 @pytest.mark.parametrize(
-    "number, stop", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, train_gpt.Terminated)]
+    "number, stop",
+    [
+        (signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGTERM, train_gpt.Terminated),
+        (signal.SIGHUP, train_gpt.Terminated),
+    ],
 )
 def test_second_signal_is_not_heard(number, stop, tmp_path):
     """torchrun hands Ctrl-C on to processes that have had it: the log still says why it ends."""
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.getsignal(each) for each in train_gpt.STOPS}
     s = train_gpt.parse_settings([f"--log_dir={tmp_path / 'logs'}"])
     try:
         for each in before:
@@ -575,6 +631,7 @@ def test_second_signal_is_not_heard(number, stop, tmp_path):
             finally:
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGHUP)
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -673,3 +730,101 @@ def test_two_runs_never_share_a_log(tmp_path):
     s, world = train_gpt.parse_settings(tiny_flags(tmp_path)), train_gpt.World()
     with train_gpt.Log(s, world) as a, train_gpt.Log(s, world) as b:
         assert a.path != b.path
+
+
+@pytest.mark.parametrize("console", ["reader leaves", "full", "closed"])
+def test_console_gone(tmp_path, console):
+    """Training goes on with the log alone, which is whole, and the run ends well."""
+    flags = [*tiny_flags(tmp_path), "--num_scheduled_iterations=6", "--warmup_steps=0"]
+    end = {"reader leaves": "| head -1", "full": "> /dev/full", "closed": ">&- 2>&-"}[console]
+    command = f"set -o pipefail; {shlex.join([sys.executable, str(SCRIPT), *flags])} {end}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    source, head, body = only_log(tmp_path).read_text().split("\n" + "=" * 100 + "\n")
+    assert source.rstrip() == SCRIPT.read_text().rstrip()
+    assert "step:8/8 val_loss" in body and "smear=" in body
+    assert (head + body).count("the console is gone (") == (console != "closed")
+
+
+def test_terminal_lost(tmp_path):
+    """A bar that can no longer be drawn, where no SIGHUP tells of it."""
+    terminal, side = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *tiny_flags(tmp_path)],
+        stdout=side,
+        stderr=side,
+        env=ENVIRONMENT | {"COLUMNS": "100"},
+    )
+    os.close(side)
+    while b"/20" not in os.read(terminal, 65536):
+        pass
+    os.close(terminal)
+    assert child.wait(timeout=60) == 0
+    text = only_log(tmp_path).read_text()
+    assert "step:20/20 val_loss" in text and "smear=" in text
+
+
+def test_log_folder_deleted(tmp_path, capsys):
+    """In mid-run: the log is there again with all its lines, and says so; so is a checkpoint's folder."""
+    s = parse_settings([*tiny_flags(tmp_path), "--save_every=5", "--num_scheduled_iterations=8"])
+    real = train_gpt.Log.step
+
+    def step(log, text, number):
+        real(log, text, number)
+        if number == 7:
+            shutil.rmtree(tmp_path / "logs")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt.Log, "step", step)
+        train_gpt.run(s, World())
+    (log,) = (tmp_path / "logs").glob("*.txt")
+    text, shown = log.read_text(), capsys.readouterr().out
+    steps = [int(n) for n in re.findall(r"^step:(\d+)/10 train_time", text, re.M)]
+    assert (
+        steps == list(range(1, 11)) and text.startswith(SCRIPT.read_text()) and "step:10/10 val_loss" in text
+    )
+    for seen in (text, shown):
+        assert seen.count(f"log: {log} was deleted; it is here again\n") == 1
+    assert torch.load(log.with_suffix(".step10.pt"), weights_only=True)["step"] == 10
+    assert f"checkpoint: {log.with_suffix('.step10.pt')}" in shown
+
+
+def test_profile_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    s = parse_settings([*tiny_flags(tmp_path), "--num_scheduled_iterations=4", "--profile=1:2"])
+    real = train_gpt.Profiler.before
+
+    def before(profiler, step):
+        profiler.log.path.with_suffix(".trace.json.gz").mkdir(exist_ok=True)
+        real(profiler, step)
+
+    monkeypatch.setattr(train_gpt.Profiler, "before", before)
+    train_gpt.run(s, World())
+    (line,) = re.findall(r"^profile: .*", capsys.readouterr().out, re.M)
+    assert "trace.json.gz cannot be written ([Errno 21] Is a directory" in line
+    (log,) = (tmp_path / "logs").glob("*.txt")
+    assert line in log.read_text() and "step:6/6 val_loss" in log.read_text()
+
+
+def test_names_in_other_letters(tmp_path):
+    """A folder in any script is written, and shown as the console's encoding allows."""
+    flags = [*tiny_flags(tmp_path), "--num_scheduled_iterations=1", "--num_extension_iterations=0"]
+    folder = tmp_path / "журнал"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *flags, f"--log_dir={folder}", "--save_checkpoint=true"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert r"log: " in done.stdout and r"\u0436\u0443" in done.stdout
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_copy_says_its_own_name(tmp_path):
+    """An idea's error lines are told apart from the script's."""
+    idea = tmp_path / "idea.py"
+    idea.write_text(SCRIPT.read_text())
+    done = run(["--sed=1"], script=idea)
+    assert done.stderr == "idea.py: unknown flag --sed; did you mean --seed? (--help lists all)\n"
