@@ -448,8 +448,8 @@ def damaged(data, fault, rng):
     if fault == "bit":
         data[place] ^= 1 << rng.randrange(8)
     elif fault == "zeros":
-        place = min(place, len(data) - 4096)
-        assert any(data[place : place + 4096])
+        while not any(data[place : place + 4096]) or place > len(data) - 4096:
+            place = rng.randrange(len(data))
         data[place : place + 4096] = bytes(4096)
     elif fault == "cut":
         del data[place:]

@@ -153,12 +153,12 @@ def test_log(tmp_path):
 
 def test_learns_and_repeats(tmp_path):
     """Two runs are equal to the last digit, and so is a run without warm-up: the rewind is exact."""
-    flags = [*tiny_flags(tmp_path), "--val_loss_every=1"]
+    flags = tiny_flags(tmp_path)
     losses = [
         val_losses(run([*flags, *more]).stdout)
         for more in ([], [], ["--warmup_steps=0"], ["--warmup_steps=3"])
     ]
-    assert len(losses[0]) == 21 and losses[0] == losses[1] == losses[2] == losses[3]
+    assert len(losses[0]) == 5 and losses[0] == losses[1] == losses[2] == losses[3]
 
 
 @pytest.mark.parametrize("shape", [train_gpt.step_shape, thirds, varied])
@@ -507,7 +507,7 @@ GOOD = dict(RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MAST
 @pytest.mark.parametrize(
     "change",
     [
-        *(dict.fromkeys(set(GOOD) - {name}) for name in GOOD if not name.startswith("MASTER")),
+        *({other: None for other in GOOD if other != name} for name in GOOD if not name.startswith("MASTER")),
         *({name: None} for name in GOOD),
         *(
             {name: text}

@@ -25,9 +25,14 @@ MAX_TOKENS = 512
 INPUTS = StepInputs(short_window=3, long_window=9)
 
 
+def whole_flags(folder):
+    """Flags of the tiny model with all of its layers."""
+    return [*tiny_flags(folder), "--layers="]
+
+
 def build(tmp_path, *flags):
     """A small model with random values where the record starts at zero, so that every part counts."""
-    s = parse_settings([*tiny_flags(tmp_path), "--model_dim=64", "--num_heads=2", *flags])
+    s = parse_settings([*whole_flags(tmp_path), "--model_dim=64", "--num_heads=2", *flags])
     model = GPT(s, MAX_TOKENS)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -166,7 +171,7 @@ def test_flags_change_the_layers(tmp_path):
 def test_parallel_paths_add_up(tmp_path):
     """Two paths in layer 3, the second of them silent, are one; no backout and no skip are allowed too."""
     _, one = build(tmp_path)
-    flags = [*tiny_flags(tmp_path), "--model_dim=64", "--num_heads=2", "--layers=3.attention=2,3.mlp=2"]
+    flags = [*whole_flags(tmp_path), "--model_dim=64", "--num_heads=2", "--layers=3.attention=2,3.mlp=2"]
     two = GPT(parse_settings(flags), MAX_TOKENS)
     names = dict(one.named_parameters())
     with torch.no_grad():
@@ -182,7 +187,7 @@ def test_parallel_paths_add_up(tmp_path):
 
 
 def test_first_loss_is_the_log_of_the_vocabulary(tmp_path):
-    model = GPT(parse_settings(tiny_flags(tmp_path)), MAX_TOKENS)
+    model = GPT(parse_settings(whole_flags(tmp_path)), MAX_TOKENS)
     assert torch.allclose(model(make_batch(), StepInputs(128, 384)), torch.tensor(math.log(384)))
 
 
@@ -206,7 +211,7 @@ def test_initial_parameters():
 
 def test_parameters_are_cast(tmp_path):
     """Tables, head and gates are in the model's dtype; hidden matrices and scalars are float32 masters."""
-    model = GPT(parse_settings(tiny_flags(tmp_path)), MAX_TOKENS, torch.bfloat16)
+    model = GPT(parse_settings(whole_flags(tmp_path)), MAX_TOKENS, torch.bfloat16)
     block = model.blocks[1]
     cast = (model.embed, *model.value_embeds, model.lm_head.weight, model.smear_gate, *block.gate)
     exact = (block.lambdas, model.smear_lambda, model.backout_lambda, model.skip_gates)
@@ -215,7 +220,7 @@ def test_parameters_are_cast(tmp_path):
 
 
 def test_seed_decides_the_parameters(tmp_path):
-    s = parse_settings(tiny_flags(tmp_path))
+    s = parse_settings(whole_flags(tmp_path))
     one, same, other = (GPT(dataclasses.replace(s, seed=seed), MAX_TOKENS) for seed in (1, 1, 2))
     assert torch.equal(one.embed, same.embed) and torch.equal(one.blocks[3].c_fc[0], same.blocks[3].c_fc[0])
     assert not torch.equal(one.embed, other.embed)
@@ -278,7 +283,7 @@ def copied_weights(model):
 
 def test_fp8_copies(tmp_path, in_fp8):
     """Of every matrix that trains in FP8, some transposed; renewed in place."""
-    model = GPT(parse_settings(tiny_flags(tmp_path)), MAX_TOKENS)
+    model = GPT(parse_settings(whole_flags(tmp_path)), MAX_TOKENS)
     banks, weights = give_to_banks(model), copied_weights(model)
     before = {}
     for p in model.parameters():
@@ -310,7 +315,7 @@ def test_fp8_copies(tmp_path, in_fp8):
 def test_fp8_copies_of_the_parts_that_train_in_it(tmp_path, monkeypatch, parts):
     """Where the chip has FP8 for one of the two alone, the other has no copies."""
     monkeypatch.setattr(train_gpt, "in_fp8", lambda device, part: part in parts)
-    model = GPT(parse_settings(tiny_flags(tmp_path)), MAX_TOKENS)
+    model = GPT(parse_settings(whole_flags(tmp_path)), MAX_TOKENS)
     give_to_banks(model)
     for p in copied_weights(model):
         part = "head" if p is model.lm_head.weight else "blocks"
@@ -320,7 +325,7 @@ def test_fp8_copies_of_the_parts_that_train_in_it(tmp_path, monkeypatch, parts):
 @pytest.mark.parametrize("layers", ["3.attention=2,5.mlp=3", "0.attention=1", "2.attention=0,9.mlp=0"])
 def test_fp8_copies_of_any_layer_table(tmp_path, in_fp8, layers):
     """Each weight's copies are its own, however paths are spread over the layers."""
-    model = GPT(parse_settings([*tiny_flags(tmp_path), f"--layers={layers}"]), MAX_TOKENS)
+    model = GPT(parse_settings([*whole_flags(tmp_path), f"--layers={layers}"]), MAX_TOKENS)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.3)

@@ -103,7 +103,7 @@ def warm_up(self, train, val):
 
 train_gpt.Trainer.warm_up = warm_up
 code = train_gpt.main()
-print("replayed", replayed)
+sys.stdout.write(f"replayed {replayed}\\n")  # at once: two ranks share a pipe
 sys.exit(code)
 """
 
@@ -225,7 +225,8 @@ def test_parameters_are_waited_for_where_they_are_read(tmp_path, fake_rank):
         module.register_forward_pre_hook(look)  # called after the trainer's
     with torch.no_grad():
         trainer.model(batches[0], step_inputs(2, s))
-    idle = trainer.model.blocks[0].parameters()  # a layer without paths reads nothing
+    layers = zip(trainer.model.layers, trainer.model.blocks, strict=True)
+    idle = [p for layer, block in layers if not (layer.attention or layer.mlp) for p in block.parameters()]
     assert {*map(id, read), *map(id, idle)} == {*map(id, trainer.model.parameters())}
 
 
@@ -456,7 +457,7 @@ def draw(kind, rng):
     )
 
 
-def test_five_hundred_random_settings(tmp_path, monkeypatch):
+def test_random_settings(tmp_path, monkeypatch):
     """Each trains, or is refused in one line; nothing else is raised."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt, "calibrate", lambda s, world: "")
@@ -475,7 +476,7 @@ def test_five_hundred_random_settings(tmp_path, monkeypatch):
     ]
     trained, refused, refusals = 0, 0, set()
     rng = random.Random(1)
-    while trained + refused < 500:
+    while trained + refused < 250:
         changes = [f"--{f.name}={draw(f.type, rng)}" for f in rng.sample(fields, rng.randint(1, 3))]
         try:
             s = parse_settings([*base, *changes])
@@ -490,4 +491,4 @@ def test_five_hundred_random_settings(tmp_path, monkeypatch):
         except Exception as error:
             raise AssertionError(f"{changes}: {error!r}") from error
     print(f"{trained} trained, {refused} refused in {len(refusals)} ways")
-    assert trained > 100 and len(refusals) > 50
+    assert trained > 50 and len(refusals) > 40
