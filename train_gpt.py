@@ -2221,21 +2221,29 @@ def read_environment() -> Launch:
     raise UsageError(f"the environment has {found}; start several processes by torchrun, or unset all these")
 
 
+PATIENCE = 12  # s, twice, for other processes where torchrun does not see to it that all come
+
+
 def meet(launch: Launch) -> dist.Store:
     """The store that all processes share; raises OSError, ValueError or RuntimeError if they do not meet."""
-    if dist.is_torchelastic_launched():  # it sees to it that all come; others wait 15 s for each other
+    if dist.is_torchelastic_launched():
         return next(dist.rendezvous("env://"))[0]
-    place, end = (launch.master_addr, launch.master_port), time.monotonic() + 15
+    place, end = (launch.master_addr, launch.master_port), time.monotonic() + PATIENCE
     socket.getaddrinfo(*place)  # where torch would try a wrong name, or no rank 0, for long and with a stack
     while launch.rank:
         try:
-            socket.create_connection(place, timeout=15).close()
+            socket.create_connection(place, timeout=PATIENCE).close()
             break
         except OSError:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
-    return next(dist.rendezvous("env://", timeout=timedelta(seconds=15)))[0]
+    # In a thread, since torch may wait for ever for another service that it finds there.
+    meeting = dist.rendezvous("env://", timeout=timedelta(seconds=PATIENCE))
+    try:
+        return ThreadPoolExecutor(1).submit(next, meeting).result(PATIENCE + 1)[0]
+    except TimeoutError:
+        raise TimeoutError(f"no answer in {PATIENCE} s") from None
 
 
 def connect(s: Hyperparameters, launch: Launch) -> World:

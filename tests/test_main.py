@@ -11,6 +11,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -545,6 +546,21 @@ def test_no_master(address):
     with pytest.raises(UsageError, match=f"2 processes do not meet at MASTER_ADDR='{address}'") as error:
         train_gpt.connect(s, Launch(size=2, local_size=2, master_port=1, master_addr=address))
     assert "\n" not in str(error.value)
+
+
+def test_another_service_for_a_master(tmp_path):
+    """What listens at the port and never answers as torch's store does is not waited for."""
+    program = "import sys, train_gpt; train_gpt.PATIENCE = 1; sys.exit(train_gpt.main())"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(silent.getsockname()[1]))
+        done = subprocess.run(
+            [sys.executable, "-c", program, *tiny_flags(tmp_path)],
+            env=ENVIRONMENT | GOOD | place | {"PYTHONPATH": str(SCRIPT.parent)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    refused(done, "rank 1: 4 processes do not meet at MASTER_ADDR='127.0.0.1'", "no answer in 1 s")
 
 
 def test_loss_not_finite(tmp_path):
