@@ -91,7 +91,7 @@ LAYERS = (
 
 
 def setting(default, description: str, low: float | None = None, high: float | None = None):
-    """A field with its line for --help and its bounds: by default 1 and int32's for a whole number."""
+    """A field with its line for --help and its bounds: of a whole number 1 and 2^31 - 1, unless given."""
     bounds = (1, 2**31 - 1) if type(default) is int else (0, 1e6)
     low, high = (b if given is None else given for given, b in zip((low, high), bounds, strict=True))
     return field(default=default, metadata={"help": description, "low": low, "high": high})
