@@ -28,12 +28,13 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
 import uuid
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -546,6 +547,17 @@ class Rotary(nn.Module):
         self.sin.copy_(theta.sin())
 
 
+class TokenEmbedding(nn.Module):
+    """A table of embeddings, a module so that it is waited for only where it is read."""
+
+    def __init__(self, rows: nn.Parameter):
+        super().__init__()
+        self.weight = rows
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return embedding(tokens, self.weight)
+
+
 class Block(nn.Module):
     """One layer: attention paths, then MLP paths. A path's matrices are entry i of each list."""
 
@@ -607,7 +619,8 @@ class GPT(nn.Module):
         self.backout_lambda = trained(torch.tensor(0.5), "adam", s.scalar_lr_mul)
         self.skip_gates = trained(torch.full((len(self.skips),), -1.5), "adam", s.scalar_lr_mul)
         self.embed = table()
-        self.value_embeds = nn.ParameterList(table() for _ in range(1 + max(x.value for x in self.layers)))
+        count = 1 + max(layer.value for layer in self.layers)
+        self.value_embeds = nn.ModuleList(TokenEmbedding(table()) for _ in range(count))
         self.blocks = nn.ModuleList(Block(s, layer, dtype, generator) for layer in self.layers)
         self.lm_head = Head(s, dtype)
         self.rotary = Rotary(s.model_dim // s.num_heads, max_tokens, dtype)
@@ -619,16 +632,16 @@ class GPT(nn.Module):
         for kind, window in (("short", inputs.short_window), ("long", inputs.long_window)):
             first_key = torch.maximum(batch.doc_start, position - window)
             masks[kind] = Mask(first_key, torch.minimum(batch.doc_end, position + window))
-        ve = [embedding(batch.inputs, table) for table in self.value_embeds]
         x = x0 = smear(embedding(batch.inputs, self.embed), self.smear_gate, self.smear_lambda)
-        outputs, skip_gates = {}, self.skip_gates.unbind()
+        outputs, values, skip_gates = {}, {-1: None}, self.skip_gates.unbind()
         for i, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
             if layer.attention or layer.mlp:
                 for (source, target), gate in zip(self.skips, skip_gates, strict=True):
                     if target == i:
                         x = skip(x, outputs[source], gate)
-                value = ve[layer.value] if layer.value >= 0 else None
-                x = block(x, x0, value, self.rotary, masks[layer.window])
+                if layer.value not in values:
+                    values[layer.value] = self.value_embeds[layer.value](batch.inputs)
+                x = block(x, x0, values[layer.value], self.rotary, masks[layer.window])
             if i == self.backout_layer or any(i == source for source, _ in self.skips):
                 outputs[i] = x
         return backout(x, outputs.get(self.backout_layer), self.backout_lambda)
@@ -812,7 +825,7 @@ def adam_update(
     p: Tensor, g: Tensor, moments: Moments, lr: Tensor, grad_accum_steps: Tensor, s: Hyperparameters
 ):
     """An Adam step (arXiv 1412.6980), in place, by the mean of accumulated gradients g. All of one shape."""
-    g = g / grad_accum_steps
+    g = g.float() / grad_accum_steps
     moments.first.lerp_(g, 1 - s.adam_beta1)
     moments.second.lerp_(g.square(), 1 - s.adam_beta2)
     p -= moments.first / (moments.second.sqrt() + 1e-8) * lr
@@ -1116,7 +1129,6 @@ def weight_handle(p: nn.Parameter) -> Weight:
     """A parameter's handle. Its FP8 copies are those that its `Bank` keeps."""
     if not torch.is_grad_enabled():
         return Weight(p)
-    p.fused_grad = True  # some of its gradient may come when autograd has announced the rest
     return Weight(p, gradient(p), **getattr(p, "fp8_copies", {}))
 
 
@@ -1149,7 +1161,12 @@ def run_operators_on_gpu():
 
 
 def _call_fused(version, *args):
-    return version(*(weight_handle(a) if isinstance(a, nn.Parameter) else a for a in args))
+    parameters = [a for a in args if isinstance(a, nn.Parameter)]
+    out = version(*(weight_handle(a) if isinstance(a, nn.Parameter) else a for a in args))
+    for p in parameters:
+        if hasattr(p, "bank") and torch.is_grad_enabled():
+            p.bank.expect_grad(p, (out[0] if isinstance(out, tuple) else out).grad_fn)
+    return out
 
 
 def run_definition(operator: Operator, *args):
@@ -2191,6 +2208,11 @@ class World:
     device: torch.device = torch.device("cpu")
 
     @property
+    def shared(self) -> bool:
+        """Whether gradients and parameters travel between processes."""
+        return self.size > 1
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of activations and products: bf16 on a GPU, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -2272,7 +2294,8 @@ def connect(s: Hyperparameters, launch: Launch) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         run_operators_on_gpu()
-    if size > 1:
+    world = World(rank, size, device)
+    if world.shared:
         try:
             store = meet(launch)
         except (OSError, ValueError, RuntimeError) as error:
@@ -2282,7 +2305,7 @@ def connect(s: Hyperparameters, launch: Launch) -> World:
             ) from None
         backend, device_id = ("nccl", device) if gpus else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
-    return World(rank, size, device)
+    return world
 
 
 # torch 2.13 has renamed these two, and 2.11 knows only the old names.
@@ -2301,8 +2324,10 @@ class Bank:
     They become views of `param`, (chunks, ranks, unit), in dtype, and their gradients views of a like `grad`
     in grad_dtype; zeros pad the end to a whole chunk. Rank r updates unit r of each chunk: `master`, (chunks,
     unit), in the parameters' first dtype, which stays exact where `param` is rounded. Beside it lie
-    `grad_shard` and the optimizer's `moments`. Chunks are reduced as their last gradient arrives, and
-    gathered once they are updated.
+    `grad_shard` and the optimizer's `moments`.
+
+    Between processes all travels in dtype: a chunk's gradients once its last one is whole, and its parameters
+    when the next step begins. Each is awaited where it is needed, so that a CUDA graph may hold it all.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], unit: int, world: World, dtype, grad_dtype):
@@ -2316,10 +2341,12 @@ class Bank:
         own = self.param if dtype == exact.dtype else exact
         self.master = own[:, world.rank] if own is self.param else own[:, world.rank].clone()
         self.grad = torch.zeros_like(exact, dtype=grad_dtype)
-        self.grad_shard = self.grad[:, 0] if world.size == 1 else torch.zeros_like(self.grad[:, 0])
+        self.sent = torch.zeros_like(self.param) if world.shared and dtype != grad_dtype else self.grad
+        self.grad_shard = torch.zeros_like(self.sent[:, 0]) if world.shared else self.grad[:, 0]
         self.moments: Moments | None = None  # the optimizer's
         self.members = [set() for _ in range(self.chunks)]  # the parameters with a part in each chunk
-        self.syncing, self.reduces, self.gathers = False, [], {}
+        self.syncing, self.observed, self.by_autograd, self.awaited = False, False, set(), Counter()
+        self.stale, self.reduces, self.gathers = False, {}, {}
         start = 0
         for p in self.parameters:
             end = start + p.numel()
@@ -2328,70 +2355,83 @@ class Bank:
             p.data = self.param.view(-1)[start:end].view_as(p)
             p.grad_dtype = grad_dtype
             p.grad = self.grad.view(-1)[start:end].view_as(p)
-            if world.size > 1:
-                p.register_post_accumulate_grad_hook(self._grad_arrived)
+            p.bank = self
+            if world.shared:
+                p.register_post_accumulate_grad_hook(self._grad_accumulated)
             start = end
-        self.copies, self.fp8_weights = {}, {}  # by kind: FP8 copies, and the places of their weights
-        for kind in dict.fromkeys(map(kind_of, self.names)):
+        self.fp8_copies = {}  # by parameter, which has them too
+        for name, p in parameters.items():
+            kind = kind_of(name)
             if kind in FP8_COPIES and in_fp8(world.device, "head" if kind == "lm_head" else "blocks"):
-                self.fp8_weights[kind] = [i for i, name in enumerate(self.names) if kind_of(name) == kind]
-
-    def _matrices(self, places: list[int]) -> Tensor:
-        """The parameters at some places, all of one shape; a view where they lie equally far apart."""
-        even = slice(places[0], places[-1] + 1, max(1, places[-1] - places[0]) // max(1, len(places) - 1))
-        whole = self.param.view(-1)[: self.numel].view(len(self.names), *self.parameters[0].shape)
-        return whole[even if list(range(len(self.names))[even]) == places else places]
+                self.fp8_copies[p] = p.fp8_copies = dict.fromkeys(FP8_COPIES[kind])
 
     @torch.no_grad()
-    def quantize(self):
-        """Make the FP8 copies of the bank's weights, or renew them in place, as a CUDA graph needs."""
-        for kind, places in self.fp8_weights.items():
-            self.wait()
-            made = fp8_copies(self._matrices(places), FP8_COPIES[kind])
-            if kind not in self.copies:
-                self.copies[kind] = made
-                for i, place in enumerate(places):
-                    self.parameters[place].fp8_copies = {name: copies[i] for name, copies in made.items()}
-            for name, kept in self.copies[kind].items():
-                kept.copy_(made[name])
+    def quantize(self, p: nn.Parameter):
+        """Make a parameter's FP8 copies, if it has any, or renew them in place, as a CUDA graph needs."""
+        if kept := self.fp8_copies.get(p):
+            for name, made in fp8_copies(p.detach(), tuple(kept)).items():
+                kept[name] = made if kept[name] is None else kept[name].copy_(made)
 
     def require_grad_sync(self):
-        """Before the last backward pass of a step: reduce each chunk as soon as its gradients are whole."""
-        self.missing, self.syncing = [set(members) for members in self.members], self.world.size > 1
+        """Before the last forward pass of a step: reduce each chunk as soon as its gradients are whole.
 
-    def _grad_arrived(self, parameter: nn.Parameter):
-        if self.syncing and not hasattr(parameter, "fused_grad"):
+        Not in the first backward pass, which shows which parameters get gradients from autograd.
+        """
+        self.syncing, self.missing = True, [set(members) for members in self.members]
+        self.awaited = Counter(self.by_autograd)
+
+    def expect_grad(self, p: nn.Parameter, node):
+        """A fused version has read p: when autograd has run its node, its gradient has been added to p's."""
+        if self.syncing:
+            self.awaited[p] += 1
+            node.register_hook(lambda *_: self._grad_arrived(p))
+
+    def _grad_accumulated(self, p: nn.Parameter):
+        if p in self.by_autograd:
+            self._grad_arrived(p)
+        elif any(p in self.members[chunk] for chunk in self.reduces):
+            raise RuntimeError(f"a gradient of {self.names[self.parameters.index(p)]} came after it was sent")
+        self.by_autograd.add(p)
+
+    def _grad_arrived(self, p: nn.Parameter):
+        self.awaited[p] -= 1
+        if self.syncing and self.observed and not self.awaited[p]:
             for chunk, missing in enumerate(self.missing):
-                if parameter in missing:
-                    missing.remove(parameter)
+                if p in missing:
+                    missing.remove(p)
                     if not missing:
                         self._reduce(chunk)
 
     def _reduce(self, chunk: int):
-        handle = reduce_scatter(self.grad_shard[chunk], self.grad[chunk].view(-1), async_op=True)
-        self.reduces.append(handle)
+        if self.sent is not self.grad:
+            self.sent[chunk].copy_(self.grad[chunk])
+        handle = reduce_scatter(self.grad_shard[chunk], self.sent[chunk].view(-1), async_op=True)
+        self.reduces[chunk] = handle
 
     def finish_grad_sync(self):
-        """After that backward pass: reduce what no hook announced, in one order on all ranks, and wait."""
-        if self.syncing:
-            for chunk, missing in enumerate(self.missing):
-                if missing:
-                    self._reduce(chunk)
-        self.syncing = False
-        for handle in self.reduces:
+        """After that backward pass: reduce the chunks that lack a gradient, in one order on all ranks."""
+        for chunk in range(self.chunks if self.syncing else 0):
+            if chunk not in self.reduces:
+                self._reduce(chunk)
+        self.syncing, self.observed = False, True
+
+    def wait_for_grads(self):
+        """Before `grad_shard` is read: wait until all chunks are reduced."""
+        for handle in self.reduces.values():
             handle.wait()
         self.reduces.clear()
 
-    def all_gather(self):
-        """After the update of `master`: start to send it to every `param`; gradients begin at zero again."""
-        self.wait()
+    def publish(self):
+        """After the update of `master`: `param` takes its values here, and gradients begin at zero again."""
         mine = self.param[:, self.world.rank]
         if self.master.data_ptr() != mine.data_ptr():
             mine.copy_(self.master)
         self.grad.zero_()
-        if self.world.size > 1:
-            for i in reversed(range(self.chunks)):  # the first layers lie at the end, and are read first
-                self.gathers[i] = all_gather(self.param[i].view(-1), mine[i], async_op=True)
+
+    def all_gather(self, chunk: int):
+        """Start to send each rank's parameters of a chunk to all others."""
+        param = self.param[chunk]
+        self.gathers[chunk] = all_gather(param.view(-1), param[self.world.rank], async_op=True)
 
     def wait(self, parameter: nn.Parameter | None = None):
         """Before a parameter, or all of them, are read: wait for their chunks."""
@@ -2470,6 +2510,8 @@ class NorMuon:
 
     def __init__(self, model: GPT, s: Hyperparameters, world: World):
         self.s, self.world, self.runs = s, world, []
+        # A CUDA graph reads them, so they stay where they are.
+        self.lr, self.momentum, self.count = (torch.zeros((), device=world.device) for _ in range(3))
         self.banks = make_banks(model, "normuon", world)
         for bank in self.banks:
             columns = bank.unit // bank.parameters[0].size(0)
@@ -2487,15 +2529,22 @@ class NorMuon:
         lr_mul = torch.tensor([p.lr_mul for _, p in members], device=w.device).view(-1, 1, 1, 1)
         return MatrixRun(w, g, m, v, lr_mul)
 
-    def step(self, lr: float, momentum: float, grad_accum_steps: float):
-        """Update all matrices by the mean of the gradients accumulated in so many micro-batches."""
-        numbers = (lr, momentum, grad_accum_steps)  # as tensors: numbers would be compiled in
-        lr, momentum, count = (torch.full((), x, device=self.world.device) for x in numbers)
+    def set_step(self, lr: float, momentum: float, grad_accum_steps: float):
+        """Set the next update's numbers; it is by the mean of gradients of so many micro-batches."""
+        for kept, new in zip(
+            (self.lr, self.momentum, self.count), (lr, momentum, grad_accum_steps), strict=True
+        ):
+            kept.fill_(new)
+
+    def step(self):
+        """Update all matrices."""
         for bank, runs in zip(self.banks, self.runs, strict=True):
-            bank.finish_grad_sync()
+            bank.wait_for_grads()
             for run in runs:
-                u = polar_express(call_compiled(nesterov, run.g, run.m, momentum, count, self.world.dtype))
-                call_compiled(normuon_update, run.w, u, run.v, lr, run.lr_mul, self.s)
+                u = call_compiled(nesterov, run.g, run.m, self.momentum, self.count, self.world.dtype)
+                u = polar_express(u)
+                call_compiled(normuon_update, run.w, u, run.v, self.lr, run.lr_mul, self.s)
+            bank.publish()
 
 
 class DistAdam:
@@ -2503,18 +2552,25 @@ class DistAdam:
 
     def __init__(self, model: GPT, s: Hyperparameters, world: World):
         self.s, self.banks = s, make_banks(model, "adam", world)
+        self.lrs = [torch.zeros((), device=world.device) for _ in self.banks]
+        self.count = torch.zeros((), device=world.device)
         for bank in self.banks:
             first, second = (torch.zeros_like(bank.master, dtype=torch.float32) for _ in range(2))
             bank.moments = Moments(first, second)
 
-    def step(self, lr_scale: float, t: int, grad_accum_steps: float):
-        """The t-th update, t from 1, by the sum of the gradients of the steps since the last."""
-        for bank in self.banks:
-            bank.finish_grad_sync()
-            lr = self.s.adam_lr * bank.parameters[0].lr_mul * lr_scale * adam_rate(t, self.s)
-            numbers = (lr, grad_accum_steps)  # as tensors: numbers would be compiled in
-            lr, count = (torch.full((), x, device=bank.master.device) for x in numbers)
-            call_compiled(adam_update, bank.master, bank.grad_shard, bank.moments, lr, count, self.s)
+    def set_step(self, lr_scale: float, t: int, grad_accum_steps: float):
+        """Set the t-th update's numbers, t from 1; it is by the gradients of all steps since the last."""
+        lr = self.s.adam_lr * lr_scale * adam_rate(t, self.s)
+        for kept, bank in zip(self.lrs, self.banks, strict=True):
+            kept.fill_(lr * bank.parameters[0].lr_mul)
+        self.count.fill_(grad_accum_steps)
+
+    def step(self):
+        """Update all parameters."""
+        for bank, lr in zip(self.banks, self.lrs, strict=True):
+            bank.wait_for_grads()
+            call_compiled(adam_update, bank.master, bank.grad_shard, bank.moments, lr, self.count, self.s)
+            bank.publish()
 
 
 # Part III: Run
@@ -2569,8 +2625,16 @@ def document_batch(tokens: np.ndarray, bos: int, device: torch.device) -> Batch:
     return Batch(*torch.from_numpy(split_documents(tokens, bos)).to(device))
 
 
+class Part(NamedTuple):
+    """What goes with a micro-batch of a step that processes share; one alone does it before and after."""
+
+    first: bool = False  # what was updated in the step before is gathered, and FP8 copies are renewed
+    last: bool = False  # gradients are reduced and parameters updated
+    adam: bool = False  # the step is one of Adam's
+
+
 class Recording(NamedTuple):
-    """A micro-batch's forward and backward pass as a CUDA graph, and the Batch that it reads."""
+    """A micro-batch's work as a CUDA graph, and the Batch that it reads."""
 
     graph: "torch.cuda.CUDAGraph"
     batch: Batch
@@ -2579,10 +2643,10 @@ class Recording(NamedTuple):
 class Trainer:
     """The model and its optimizers, and what one step does with them.
 
-    On a GPU a micro-batch is replayed from a graph, one a variant: launched one by one, its kernels take the
-    host longer than the GPU. What a graph reads anew stays in place: `inputs`, which each step sets, the
-    Batch of its `Recording`, the parameters and their FP8 copies; what it writes: `total`, the step's loss so
-    far, and the gradients.
+    On a GPU a micro-batch is replayed from a graph, one for each variant and part: launched one by one, its
+    kernels take the host longer than the GPU. What a graph reads anew stays in place: `inputs` and the
+    optimizers' numbers, which each step sets, the Batch of its `Recording`, the parameters and their FP8
+    copies; what it writes: `total`, the step's loss so far, the gradients and, in a last part, the masters.
     """
 
     def __init__(self, s: Hyperparameters, world: World):
@@ -2591,24 +2655,44 @@ class Trainer:
         self.model = GPT(s, longest_sequence(s), world.dtype).to(world.device)
         check_registration(self.model)
         self.normuon, self.adam = NorMuon(self.model, s, world), DistAdam(self.model, s, world)
-        self.bank_of = {p: bank for bank in self.normuon.banks + self.adam.banks for p in bank.parameters}
-        self.banks = list(dict.fromkeys(self.bank_of[p] for p in self.model.parameters()))  # as they are read
+        self.banks = list(dict.fromkeys(p.bank for p in self.model.parameters()))  # as they are read
         self.total = torch.zeros((), device=world.device)
         kinds = (torch.float32 if type(x) is float else torch.int32 for x in step_inputs(0, s))
         self.inputs = StepInputs(*(torch.zeros((), dtype=kind, device=world.device) for kind in kinds))
-        self.recordings: dict[Variant, Recording] = {}
-        if world.size > 1:
+        self.recordings: dict[tuple[Variant, Part], Recording] = {}
+        self.old_copies: set[nn.Parameter] = set()  # parameters whose FP8 copies are of the step before
+        self.read_at: dict[nn.Parameter, int] = {}  # when a forward pass of training reads each
+        if world.shared:
             for module in self.model.modules():
-                module.register_forward_pre_hook(self._wait_for_parameters)
+                module.register_forward_pre_hook(self._before_module)
 
-    def _wait_for_parameters(self, module: nn.Module, _):
-        """Wait until what a module reads, itself or from its lists, has come from the ranks that own it."""
+    def _before_module(self, module: nn.Module, _):
+        """Wait for what a module reads, itself or from its lists, and make FP8 copies of it anew."""
         lists = [child for child in module.children() if isinstance(child, nn.ParameterList)]
         for p in itertools.chain(*(owner.parameters(recurse=False) for owner in (module, *lists))):
-            self.bank_of[p].wait(p)
+            p.bank.wait(p)
+            if self.model.training:
+                self.read_at.setdefault(p, len(self.read_at))
+            if p in self.old_copies:
+                self.old_copies.remove(p)
+                p.bank.quantize(p)
+
+    def gather(self, banks: list[Bank]):
+        """Start to gather the parameters of banks, chunk by chunk in the order in which they are read."""
+        chunks = [(bank, i) for bank in banks for i in range(bank.chunks)]
+        last = len(self.read_at)
+        chunks.sort(key=lambda chunk: min(self.read_at.get(p, last) for p in chunk[0].members[chunk[1]]))
+        for bank, i in chunks:
+            bank.all_gather(i)
+            bank.stale = False
+
+    def gather_updated(self):
+        """Start to gather the parameters that have been updated since they last were."""
+        self.gather([bank for bank in self.banks if bank.stale])
 
     def wait(self):
         """Wait until all parameters have come."""
+        self.gather_updated()
         for bank in self.banks:
             bank.wait()
 
@@ -2624,69 +2708,99 @@ class Trainer:
         pairs = zip(self.inputs, inputs, strict=True)
         self.inputs = StepInputs(*(new if type(new) is bool else kept.fill_(new) for kept, new in pairs))
 
-    def micro_step(self, batch: Batch):
-        """Add a micro-batch's loss to `total` and its gradients to the parameters'."""
+    def parts(self, step: int) -> list[Part]:
+        """The parts of this rank's micro-batches in a step, in their order."""
+        count = step_shape(step, self.s).micro_batches // self.world.size
+        if not self.world.shared:
+            return [Part()] * count
+        ends = [(i == 0, i == count - 1) for i in range(count)]
+        return [Part(first, last, is_adam_step(step) and (first or last)) for first, last in ends]
+
+    def micro_step(self, batch: Batch, part: Part):
+        """Add a micro-batch's loss to `total` and its gradients to the parameters'; and do its part."""
+        if part.first:
+            self.gather(self.normuon.banks if part.adam else self.banks)  # the step before was the other kind
+            self.old_copies.update(self.model.parameters())
+        if part.last:
+            for bank in self.updated(part.adam):
+                bank.require_grad_sync()
         loss = self.model(batch, self.inputs).sum()
         loss.backward()
         self.total += loss.detach()
+        if part.first:  # for what no module has read
+            for bank in self.banks:
+                bank.wait()
+        if part.last:
+            self.update(part.adam)
+
+    def updated(self, adam: bool) -> list[Bank]:
+        """The banks that a step updates."""
+        return self.normuon.banks + self.adam.banks * adam
+
+    def update(self, adam: bool):
+        """Update parameters, while the last gradients of those that come later are still on their way."""
+        for bank in self.updated(adam):
+            bank.finish_grad_sync()
+        self.normuon.step()
+        if adam:
+            self.adam.step()
 
     def record(self):
-        """Record a micro-batch of each variant; all kernels must have been compiled.
-
-        With several GPUs a graph waits for all parameters, and gradients travel after it.
-        """
+        """Record every part of each variant; all kernels must have been compiled."""
         self.wait()
-        pool = torch.cuda.graph_pool_handle()
-        for variant, first in first_steps(self.s).items():
-            tokens = variant.shape.micro_batch_tokens
-            fields = torch.zeros(4, tokens, dtype=torch.int32, device=self.world.device)
-            graph, batch = torch.cuda.CUDAGraph(), Batch(*fields)
-            self._set_inputs(step_inputs(first, self.s))
-            # The loader's threads go on meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self.micro_step(batch)
-            self.recordings[variant] = Recording(graph, batch)
+        pool, batches = torch.cuda.graph_pool_handle(), {}
+        for step in range(self.s.total_steps):
+            variant = step_variant(step, self.s)
+            if variant not in batches:
+                fields = torch.zeros(4, variant.shape.micro_batch_tokens, dtype=torch.int32)
+                batches[variant] = Batch(*fields.to(self.world.device))
+            for part in self.parts(step):
+                if (variant, part) not in self.recordings:
+                    self._set_inputs(step_inputs(step, self.s))
+                    graph = torch.cuda.CUDAGraph()
+                    # The loader's threads go on meanwhile.
+                    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                        self.micro_step(batches[variant], part)
+                    self.recordings[variant, part] = Recording(graph, batches[variant])
 
     def train_step(self, step: int, batches: list[Batch], inputs: StepInputs) -> Tensor:
         """One step over this rank's micro-batches.
 
         Returns, float32 (2,) on the device, the mean loss of the whole step and how many ranks want to stop.
         """
-        shape, recording = step_shape(step, self.s), self.recordings.get(step_variant(step, self.s))
-        updated = self.banks if is_adam_step(step) else self.normuon.banks
+        shape, variant, adam = step_shape(step, self.s), step_variant(step, self.s), is_adam_step(step)
         self.model.train()
-        for bank in self.banks:
-            bank.quantize()
         self.total.zero_()
         self._set_inputs(inputs)
-        for i, batch in enumerate(batches):
-            if i == len(batches) - 1:
-                for bank in updated:
-                    bank.require_grad_sync()
-            if recording:
-                self.wait()
+        lr_scale = learning_rate_scale(step, self.s)
+        self.normuon.set_step(self.s.muon_lr * lr_scale, muon_momentum(step, self.s), shape.micro_batches)
+        if adam:
+            before = step_shape(step - 1, self.s).micro_batches
+            self.adam.set_step(lr_scale, step // 2 + 1, (before + shape.micro_batches) / 2)
+        if not self.world.shared:
+            for p in self.model.parameters():
+                p.bank.quantize(p)
+        for batch, part in zip(batches, self.parts(step), strict=True):
+            if recording := self.recordings.get((variant, part)):
                 for kept, new in zip(recording.batch, batch, strict=True):
                     kept.copy_(new)
                 recording.graph.replay()
             else:
-                self.micro_step(batch)
-        lr_scale = learning_rate_scale(step, self.s)
-        self.normuon.step(self.s.muon_lr * lr_scale, muon_momentum(step, self.s), shape.micro_batches)
-        if is_adam_step(step):
-            before = step_shape(step - 1, self.s).micro_batches
-            self.adam.step(lr_scale, step // 2 + 1, (before + shape.micro_batches) / 2)
+                self.micro_step(batch, part)
+        if not self.world.shared:
+            self.update(adam)
+        for bank in self.updated(adam):
+            bank.stale = self.world.shared  # as a graph does not say
         result = torch.stack([self.total / shape.tokens, torch.full_like(self.total, self.stop)])
-        if self.world.size > 1:
+        if self.world.shared:
             dist.all_reduce(result)
-        for bank in self.banks:
-            if bank in updated:
-                bank.all_gather()
         return result
 
     @torch.no_grad()
     def validate(self, batches, inputs: StepInputs) -> float:
         """Mean loss over the validation tokens, in nats a token."""
         self.model.eval()
+        self.gather_updated()
         # Sums of losses and tokens: a rank may have no micro-batch.
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for batch in batches:
@@ -2705,18 +2819,20 @@ class Trainer:
         for bank in self.banks:
             state += [bank.param, bank.master, bank.grad, *bank.moments]
         saved = [tensor.to("cpu", copy=True) for tensor in state]
+        # Updates that are recorded want a step with Adam's and one without.
+        count = max(self.s.warmup_steps, 2 * self.world.shared)
         with torch.enable_grad():
             for first in first_steps(self.s).values():
-                steps = range(first, min(first + self.s.warmup_steps, self.s.total_steps))
+                steps = range(first, min(first + count, self.s.total_steps))
                 for step, batches in zip(steps, train.stream(first, steps.stop), strict=True):
                     self.train_step(step, batches, step_inputs(step, self.s))
         self.validate(itertools.islice(val.stream(), 1), step_inputs(0, self.s))
-        self.wait()
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             with torch.enable_grad():
                 self.model.train()
                 self.record()
+        self.wait()
         for tensor, value in zip(state, saved, strict=True):
             tensor.copy_(value)
 
@@ -2735,7 +2851,7 @@ class Trainer:
             whole[".first"], whole[".second"] = map(bank.gather, bank.moments)
             if bank in self.adam.banks and is_adam_step(step):
                 whole[".gradient"] = bank.grad.flatten()[: bank.numel].clone()
-                if self.world.size > 1:
+                if self.world.shared:
                     dist.all_reduce(whole[".gradient"])
             for suffix, full in whole.items():
                 shares = [p.numel() * full.numel() // bank.numel for p in bank.parameters]
@@ -2963,16 +3079,19 @@ class Timer:
     """The training clock, which stops for validation, and the watch over losses and over the wish to stop.
 
     A step's time and loss are read once the device has passed it, a few steps later: training never waits for
-    them.
+    them. A device that takes a minute and 100 times the median step for it hangs, as one does in a collective
+    of a CUDA graph when another process has gone.
     """
 
     LAG = 8  # steps after which a loss is waited for
+    PATIENCE = 60.0  # s
 
     def __init__(self, log: Log, total_steps: int, world: World, elapsed: float):
         self.log, self.total_steps, self.world = log, total_steps, world
         self.gpu = world.device.type == "cuda"
         self.before, self.pending = elapsed, deque()  # ms when it last started; steps not yet reported
         self.stop_after = math.inf  # the step after which all ranks stop
+        self.last, self.durations = elapsed, deque(maxlen=101)  # ms: the clock at the last step; steps
 
     def _now(self):
         if not self.gpu:
@@ -2984,14 +3103,26 @@ class Timer:
     def _train_time(self, now) -> float:
         return self.before + (self.origin.elapsed_time(now) if self.gpu else 1000 * (now - self.origin))
 
+    def _wait(self, mark):
+        """Wait until the device has passed a mark; raises TimeoutError when it seems to hang."""
+        median = statistics.median(self.durations) / 1000 if self.durations else 0.0
+        end = time.monotonic() + max(self.PATIENCE, 100 * median)
+        while self.gpu and not mark.query():
+            if time.monotonic() > end:
+                raise TimeoutError(
+                    f"the step after {self.last:.0f} ms of training does not end, where one takes"
+                    f" {median:.3g} s: a GPU or another process hangs; start again, with --resume=latest if"
+                    " checkpoints are on"
+                )
+            time.sleep(2e-4)
+
     def start(self):
         self.origin = self._now()
 
     def stop(self) -> float:
         """Wait for the device and report every step that it has passed; returns the training time in ms."""
         now = self._now()
-        if self.gpu:
-            now.synchronize()
+        self._wait(now)
         self.report(0)
         self.before = self._train_time(now)
         return self.before
@@ -3009,10 +3140,11 @@ class Timer:
             step, result, mark = self.pending[0]
             if self.gpu and len(self.pending) <= lag and not mark.query():
                 return
-            if self.gpu:
-                mark.synchronize()
+            self._wait(mark)
             self.pending.popleft()
             ms = self._train_time(mark)
+            self.durations.append(ms - self.last)
+            self.last = ms
             line = f"step:{step}/{self.total_steps} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
             self.log.step(line, step)
             loss, stops = result.tolist()
@@ -3334,6 +3466,7 @@ def run(s: Hyperparameters, world: World):
             save_first(trainer, saver)
         train_all(trainer, start, train, val, timer, saver)
         log.write(final_report(trainer.model))
+        trainer.recordings.clear()  # graphs that hold collectives go before the process group
 
 
 def train_all(

@@ -192,7 +192,7 @@ def test_refused_checkpoints(trained, tmp_path):
 # Parameters as scripts before the banks named them.
 OLD_NAMES = [
     ("embed", "embedding"),
-    ("value_embeds", "values"),
+    (r"value_embeds\.(\d+)\.weight", r"values.\1"),
     (r"blocks\.(\d+)\.qkvo", r"slots.\1.attention"),
     (r"blocks\.(\d+)\.gate", r"slots.\1.gates"),
     (r"blocks\.(\d+)\.c_fc", r"slots.\1.mlp_in"),

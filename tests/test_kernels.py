@@ -854,7 +854,8 @@ def in_banks(module):
     world = train_gpt.World(device=torch.device(DEVICE))
     banks = [bank for kind in ("normuon", "adam") for bank in train_gpt.make_banks(module, kind, world)]
     for bank in banks:
-        bank.quantize()
+        for p in bank.parameters:
+            bank.quantize(p)
         bank.grad.fill_(1)
     return banks
 

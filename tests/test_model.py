@@ -76,7 +76,7 @@ def attend(P, i, y, batch, window, angle, H):
         part = slice(h * D, (h + 1) * D)
         vh = l0 * (y @ v.T)[:, part]
         if value is not None:
-            vh = vh + l1 * P[f"value_embeds.{value}"][batch.inputs.long()][:, part]
+            vh = vh + l1 * P[f"value_embeds.{value}.weight"][batch.inputs.long()][:, part]
         scores = 0.1 * turn(rms((y @ q.T)[:, part]), angle) @ turn(rms((y @ k.T)[:, part]), angle).T
         for row in range(T):
             for column in range(T):
@@ -213,7 +213,13 @@ def test_parameters_are_cast(tmp_path):
     """Tables, head and gates are in the model's dtype; hidden matrices and scalars are float32 masters."""
     model = GPT(parse_settings(whole_flags(tmp_path)), MAX_TOKENS, torch.bfloat16)
     block = model.blocks[1]
-    cast = (model.embed, *model.value_embeds, model.lm_head.weight, model.smear_gate, *block.gate)
+    cast = (
+        model.embed,
+        *model.value_embeds.parameters(),
+        model.lm_head.weight,
+        model.smear_gate,
+        *block.gate,
+    )
     exact = (block.lambdas, model.smear_lambda, model.backout_lambda, model.skip_gates)
     assert {p.dtype for p in cast} == {torch.bfloat16}
     assert {p.dtype for p in (*exact, *block.qkvo, *block.c_fc, *block.c_proj)} == {torch.float32}
@@ -260,11 +266,11 @@ def in_fp8(monkeypatch):
 
 
 def give_to_banks(model):
-    """The banks of a model's parameters, with FP8 copies where they train in it."""
-    banks = [bank for kind in ("normuon", "adam") for bank in make_banks(model, kind, World())]
-    for bank in banks:
-        bank.quantize()
-    return banks
+    """Give a model's parameters to banks, with FP8 copies where they train in it."""
+    for kind in ("normuon", "adam"):
+        make_banks(model, kind, World())
+    for p in model.parameters():
+        p.bank.quantize(p)
 
 
 def copied_weights(model):
@@ -284,7 +290,8 @@ def copied_weights(model):
 def test_fp8_copies(tmp_path, in_fp8):
     """Of every matrix that trains in FP8, some transposed; renewed in place."""
     model = GPT(parse_settings(whole_flags(tmp_path)), MAX_TOKENS)
-    banks, weights = give_to_banks(model), copied_weights(model)
+    give_to_banks(model)
+    weights = copied_weights(model)
     before = {}
     for p in model.parameters():
         copies = getattr(p, "fp8_copies", {})
@@ -293,9 +300,8 @@ def test_fp8_copies(tmp_path, in_fp8):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.3)
-    for bank in banks:
-        bank.quantize()
     for p in weights:
+        p.bank.quantize(p)
         assert {name: copy.data_ptr() for name, copy in p.fp8_copies.items()} == before[p]
         wanted = p.detach().clamp(-0.875, 0.875)
         values = {}

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,24 +72,15 @@ import torch
 import train_gpt
 
 class Graph:
-    def __init__(self, trainer, batch, choices):
-        self.trainer, self.batch, self.choices = trainer, batch, choices
+    def __init__(self, trainer, batch, part, choices):
+        self.trainer, self.batch, self.part, self.choices = trainer, batch, part, choices
 
     def replay(self):
         assert [x for x in self.trainer.inputs if type(x) is bool] == list(self.choices)
-        assert not any(bank.gathers for bank in self.trainer.banks)  # a graph waits for nothing
-        hooks = {}
-        for module in self.trainer.model.modules():
-            hooks[module] = dict(module._forward_pre_hooks)
-            module._forward_pre_hooks.clear()
-        syncing = [bank.syncing for bank in self.trainer.banks]
-        for bank in self.trainer.banks:
-            bank.syncing = False
-        self.trainer.micro_step(self.batch)
-        for bank, before in zip(self.trainer.banks, syncing):
-            bank.syncing = before
-        for module, before in hooks.items():
-            module._forward_pre_hooks.update(before)
+        stale = [bank.stale for bank in self.trainer.banks]
+        self.trainer.micro_step(self.batch, self.part)
+        for bank, before in zip(self.trainer.banks, stale):  # a graph sets nothing in Python
+            bank.stale = before
         replayed.append((len(self.batch.inputs), *self.choices))
 
 plain = train_gpt.Trainer.warm_up
@@ -96,10 +88,12 @@ replayed = []
 
 def warm_up(self, train, val):
     plain(self, train, val)
-    for variant in train_gpt.first_steps(self.s):
-        batch = train_gpt.Batch(*torch.zeros(4, variant.shape.micro_batch_tokens, dtype=torch.int32))
-        graph = Graph(self, batch, variant.choices)
-        self.recordings[variant] = train_gpt.Recording(graph, batch)
+    for step in range(self.s.total_steps):
+        variant = train_gpt.step_variant(step, self.s)
+        for part in self.parts(step):
+            batch = train_gpt.Batch(*torch.zeros(4, variant.shape.micro_batch_tokens, dtype=torch.int32))
+            graph = Graph(self, batch, part, variant.choices)
+            self.recordings[variant, part] = train_gpt.Recording(graph, batch)
 
 train_gpt.Trainer.warm_up = warm_up
 code = train_gpt.main()
@@ -188,7 +182,7 @@ def test_begin_step_waits_where_the_shape_changes(tmp_path, monkeypatch, fake_ra
     plain = train_gpt.begin_step
 
     def begin_step(model, step, settings):
-        whole[step] = not any(bank.gathers for bank in trainer.banks)
+        whole[step] = not any(bank.gathers or bank.stale for bank in trainer.banks)
         plain(model, step, settings)
 
     monkeypatch.setattr(train_gpt, "begin_step", begin_step)
@@ -204,11 +198,12 @@ def test_parameters_are_waited_for_where_they_are_read(tmp_path, fake_rank):
     trainer, loader = Trainer(s, fake_rank), TrainLoader(s, fake_rank)
     for step, batches in enumerate(loader.stream(0, 2)):
         trainer.train_step(step, batches, step_inputs(step, s))
+    assert all(bank.stale for bank in trainer.banks)
+    trainer.gather_updated()
     read = []
 
     def missing(parameter):
-        bank = trainer.bank_of[parameter]
-        return any(parameter in bank.members[chunk] for chunk in bank.gathers)
+        return any(parameter in parameter.bank.members[chunk] for chunk in parameter.bank.gathers)
 
     assert all(missing(p) for p in trainer.model.parameters())
 
@@ -230,17 +225,98 @@ def test_parameters_are_waited_for_where_they_are_read(tmp_path, fake_rank):
     assert {*map(id, read), *map(id, idle)} == {*map(id, trainer.model.parameters())}
 
 
-def test_fused_gradients_are_not_announced(tmp_path, fake_rank):
-    """Autograd does not know when a parameter that a fused operator reads has all of its gradient."""
-    trainer = Trainer(parse_settings(tiny_flags(tmp_path)), fake_rank)
-    bank, plain, read = trainer.normuon.banks[0], *trainer.normuon.banks[0].parameters[:2]
-    bank.require_grad_sync()
-    assert plain in bank.missing[0] and read in bank.missing[0]
-    train_gpt.weight_handle(read)
-    for p in (plain, read):
-        bank._grad_arrived(p)
-    assert plain not in bank.missing[0] and read in bank.missing[0]
-    bank.finish_grad_sync()
+SHARED = """
+import sys
+import train_gpt
+
+train_gpt.World.shared = True
+sys.exit(train_gpt.main())
+"""
+
+
+def test_a_group_of_one(tmp_path):
+    """One process that sends all to itself: losses are the same to the bit, and it resumes."""
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=4", "--save_every=11"]
+    alone = val_losses(run(flags).stdout)
+    environment = ENVIRONMENT | {"PYTHONPATH": str(SCRIPT.parent)}
+    command = [*TORCHRUN, "--nproc_per_node=1", str(script), *flags]
+    for more in ((), ("--resume=latest",)):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, env=environment)
+        found = val_losses(done.stdout)
+        assert done.returncode == 0 and found == alone[-len(found) :], done.stderr
+        assert len(found) == (3 if more else 6)
+
+
+def watch_reductions(monkeypatch, banks):
+    """What banks send, as (bank, chunk, a copy), in their order."""
+    sent = []
+
+    def reduce_scatter(out, given, async_op):
+        (found,) = (
+            (b, i) for b in banks for i in range(b.chunks) if b.sent[i].data_ptr() == given.data_ptr()
+        )
+        sent.append((*found, given.clone()))
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(train_gpt, "reduce_scatter", reduce_scatter)
+    return sent
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_travel_once_they_are_whole(tmp_path, monkeypatch, fake_rank, fused):
+    """From the second pass on before the backward pass ends; and what is sent lacks nothing.
+
+    Whether fused versions add gradients in place or autograd does; two tables get some from both.
+    """
+    for operator in train_gpt.Operator.every:
+        monkeypatch.setattr(operator, "run", operator.run)
+    if fused:
+        train_gpt.run_operators_on_gpu()
+        monkeypatch.setattr(train_gpt, "compiled", lambda function: function)
+    s = parse_settings([*tiny_flags(tmp_path), "--model_dim=64"])
+    trainer = Trainer(s, fake_rank)
+    model, banks = trainer.model, trainer.banks
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    (batch, *_), inputs = next(iter(TrainLoader(s, fake_rank).stream(0, 1))), step_inputs(0, s)
+    sent = watch_reductions(monkeypatch, banks)
+    for number in range(2):
+        sent.clear()
+        for bank in banks:
+            bank.require_grad_sync()
+        loss = model(batch, inputs).sum() + (model.value_embeds[0].weight.float() * model.embed.float()).sum()
+        loss.backward()
+        early = len(sent)
+        for bank in banks:
+            bank.finish_grad_sync()
+        for bank, chunk, copy in sent:
+            assert copy.any() and torch.equal(copy, bank.sent[chunk].view(-1))
+        assert len(sent) == sum(bank.chunks for bank in banks) and bool(early) == bool(number)
+        for bank in banks:
+            bank.wait_for_grads()
+            bank.publish()
+    # One vector holds what layer 0, which is empty, would train by: it gets no gradient.
+    assert {bank.names[0] for bank, *_ in sent[early:]} == {"blocks.11.lambdas"}
+
+
+def test_a_gradient_that_comes_too_late_is_refused(tmp_path, monkeypatch, fake_rank):
+    """Of a parameter that autograd has never reached before, when its chunk has been sent already."""
+    monkeypatch.setattr(train_gpt, "reduce_scatter", lambda out, given, async_op: None)
+    p = torch.nn.Parameter(torch.ones(6))
+    bank = train_gpt.Bank({"late": p}, 3, fake_rank, torch.float32, torch.float32)
+    for _ in range(2):
+        bank.reduces.clear()
+        bank.require_grad_sync()
+        read = p.detach().requires_grad_() * 2
+        bank.expect_grad(p, read.grad_fn)
+        read.sum().backward()
+        assert bool(bank.reduces) == bank.observed
+        if bank.observed:
+            with pytest.raises(RuntimeError, match="gradient of late came after it was sent"):
+                p.sum().backward()
+        bank.finish_grad_sync()
 
 
 @pytest.mark.parametrize("size", [2, 8, 16, 64])
