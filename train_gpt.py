@@ -1205,62 +1205,39 @@ EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # as `rms_norm` has it
 
 @triton.jit
 def _mix_norm_kernel(
-    x_ptr,
-    x0_ptr,
-    lambdas_ptr,
-    mixed_ptr,
-    h_ptr,
-    e4m3_ptr,
-    T,
-    C,
-    SCALE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, x0_ptr, lambdas, mixed_ptr, h, T, C, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Mix a tile of rows with x0, if there is one, and normalize it."""
+    """Mix a tile of rows with x0, if there is one, and normalize it. lambdas: a Weight; h: a Normed."""
     rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     at = rows[:, None] * C + columns[None, :]
     inside = (rows < T)[:, None] & (columns < C)[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if x0_ptr is not None:
         x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(lambdas_ptr) * x + tl.load(lambdas_ptr + 1) * x0
+        x = tl.load(lambdas.value) * x + tl.load(lambdas.value + 1) * x0
         tl.store(mixed_ptr + at, x.to(mixed_ptr.dtype.element_ty), mask=inside)
     x *= tl.rsqrt(tl.sum(x * x, 1) / C + EPS)[:, None]
-    if e4m3_ptr is not None:
-        bounded = tl.clamp(x * (1 / SCALE), -448.0, 448.0, tl.PropagateNan.ALL)
-        e4m3 = bounded.to(e4m3_ptr.dtype.element_ty)
-        tl.store(e4m3_ptr + at, e4m3, mask=inside)
+    if h.e4m3 is not None:
+        e4m3 = tl.clamp(x * (1 / SCALE), -448.0, 448.0, tl.PropagateNan.ALL).to(h.e4m3.dtype.element_ty)
+        tl.store(h.e4m3 + at, e4m3, mask=inside)
         x = e4m3.to(tl.float32) * SCALE  # exact gradients of the FP8 products; fewer bits take less power too
-    tl.store(h_ptr + at, x.to(h_ptr.dtype.element_ty), mask=inside)
+    tl.store(h.value + at, x.to(h.value.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _mix_norm_backward_kernel(
-    x_ptr,
-    x0_ptr,
-    lambdas_ptr,
-    dmixed_ptr,
-    dh_ptr,
-    dx_ptr,
-    dx0_ptr,
-    dlambdas_ptr,
-    T,
-    C,
-    PROGRAMS,
-    ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, x0_ptr, lambdas, dmixed_ptr, dh_ptr, dx_ptr, dx0_ptr, T, C, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Compute the gradient of x, store or add that of x0, and add those of a and b to what is there."""
     columns = tl.arange(0, BLOCK)
     inside = columns < C
     sum_a, sum_b = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
-    for row in range(tl.program_id(0), T, PROGRAMS):
+    for row in range(tl.program_id(0), T, tl.num_programs(0)):
         at = row * C.to(tl.int64) + columns
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         mixed = x
         if x0_ptr is not None:
-            a, b = tl.load(lambdas_ptr), tl.load(lambdas_ptr + 1)
+            a, b = tl.load(lambdas.value), tl.load(lambdas.value + 1)
             x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
             mixed = a * x + b * x0
         dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -1281,8 +1258,8 @@ def _mix_norm_backward_kernel(
                 dx0 += before.to(tl.float32)
             tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
     if x0_ptr is not None:
-        tl.atomic_add(dlambdas_ptr, sum_a, sem="relaxed")
-        tl.atomic_add(dlambdas_ptr + 1, sum_b, sem="relaxed")
+        tl.atomic_add(lambdas.grad, sum_a, sem="relaxed")
+        tl.atomic_add(lambdas.grad + 1, sum_b, sem="relaxed")
 
 
 class SharedGradient:
@@ -1312,30 +1289,28 @@ class _MixNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, x0, lambdas, shared, quantize):
         T, C = x.shape
-        h = torch.empty_like(x)
         e4m3 = torch.empty_like(x, dtype=torch.float8_e4m3fn) if quantize else None
+        h = Normed(torch.empty_like(x), e4m3)
         mixed = x if x0 is None else torch.empty_like(x)
-        row = None if x0 is None else lambdas.value
         sizes = {"SCALE": normed_scale(C), "ROWS": 4, "BLOCK": triton.next_power_of_2(C)}
-        _mix_norm_kernel[(triton.cdiv(T, 4),)](x, x0, row, mixed, h, e4m3, T, C, **sizes, num_warps=4)
+        _mix_norm_kernel[(triton.cdiv(T, 4),)](x, x0, lambdas, mixed, h, T, C, **sizes, num_warps=4)
         ctx.save_for_backward(x, x0)
         ctx.lambdas, ctx.shared = lambdas, shared
         ctx.set_materialize_grads(False)  # the e4m3 copy has none
-        return mixed, h, e4m3
+        return mixed, *h
 
     @staticmethod
     def backward(ctx, dmixed, dh, _):
         x, x0 = ctx.saved_tensors
         T, C = x.shape
         dmixed, dh = (torch.zeros_like(x) if d is None else d.contiguous() for d in (dmixed, dh))
-        dx, dx0, row, drow, add = torch.empty_like(x), None, None, None, False
+        dx, dx0, add = torch.empty_like(x), None, False
         if x0 is not None:
-            row, drow, add = ctx.lambdas.value, ctx.lambdas.grad, ctx.shared.total is not None
+            add = ctx.shared.total is not None
             dx0 = ctx.shared.total = ctx.shared.total if add else torch.empty_like(x0)
-        count, sizes = min(4096, T), {"ADD": add, "BLOCK": triton.next_power_of_2(C)}
-        _mix_norm_backward_kernel[(count,)](
-            x, x0, row, dmixed, dh, dx, dx0, drow, T, C, count, **sizes, num_warps=1
-        )
+        sizes = {"ADD": add, "BLOCK": triton.next_power_of_2(C)}
+        given = (x, x0, ctx.lambdas, dmixed, dh, dx, dx0)
+        _mix_norm_backward_kernel[(min(4096, T),)](*given, T, C, **sizes, num_warps=1)
         return dx, None, None, None, None
 
 

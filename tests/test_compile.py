@@ -26,17 +26,19 @@ FLOAT_POINTERS = (
     *("lambdas_ptr", "dlambdas_ptr", "factor_ptr"),
 )
 TYPES = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(INTEGER_POINTERS, "*i32")
-TYPES |= dict.fromkeys(FLOAT_POINTERS, "*fp32") | {"e4m3_ptr": "*fp8e4nv"}
+TYPES |= dict.fromkeys(FLOAT_POINTERS, "*fp32")
 # Handles, a type a field; no type stands for no tensor.
 WIDE, NARROW = "*fp32", "*bf16"
 GATED = g.Attended(NARROW, NARROW, NARROW, NARROW, g.Mask("*i32", "*i32"), WIDE, NARROW, WIDE)
 MIXED = g.QKVEnd(NARROW, NARROW, WIDE, NARROW, NARROW, NARROW, WIDE, WIDE)
 TYPES |= {"a": GATED, "end": MIXED}
+TYPES |= {"lambdas": g.Weight(WIDE, WIDE), "h": g.Normed(NARROW, "*fp8e4nv")}
 UNGATED = {"a": GATED._replace(gate=None)}
 PLAIN = UNGATED | {"end": g.QKVEnd()}
 WITHOUT_VE = {"end": MIXED._replace(ve=None, dve=None)}
 NORM = {"BLOCK": 1024}
-ALONE = {"x0_ptr": None, "lambdas_ptr": None}
+ALONE = {"x0_ptr": None, "lambdas": None}
+IN_BF16 = {"h": g.Normed(NARROW)}
 
 
 def descriptor(kind, rows, columns):
@@ -76,8 +78,8 @@ def loss_backward(constants, types):
     return g._loss_backward_kernel, {"BM": 16, "BN": 128} | constants, types, 4, 3
 
 
-def mix_norm(constants):
-    return g._mix_norm_kernel, NORM | {"SCALE": 0.0625, "ROWS": 4} | constants, {}, 4, 3
+def mix_norm(constants, types):
+    return g._mix_norm_kernel, NORM | {"SCALE": 0.0625, "ROWS": 4} | constants, types, 4, 3
 
 
 KERNELS = {
@@ -97,15 +99,15 @@ KERNELS = {
     "loss exact": (g._loss_kernel, {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
     "loss backward fp8": loss_backward({"GAIN": 448.0, "FP8": True}, {"dz_ptr": "*u8"}),
     "loss backward bf16": loss_backward({"GAIN": 1.0, "FP8": False, "words_ptr": None}, {}),
-    "mix_norm": mix_norm({}),
-    "mix_norm bf16": mix_norm({"e4m3_ptr": None}),
-    "norm": mix_norm(ALONE),
-    "norm bf16": mix_norm(ALONE | {"e4m3_ptr": None}),
+    "mix_norm": mix_norm({}, {}),
+    "mix_norm bf16": mix_norm({}, IN_BF16),
+    "norm": mix_norm(ALONE, {}),
+    "norm bf16": mix_norm(ALONE, IN_BF16),
     "mix_norm backward": (g._mix_norm_backward_kernel, NORM | {"ADD": True}, {}, 1, 3),
     "mix_norm backward first": (g._mix_norm_backward_kernel, NORM | {"ADD": False}, {}, 1, 3),
     "norm backward": (
         g._mix_norm_backward_kernel,
-        NORM | ALONE | {"ADD": False, "dx0_ptr": None, "dlambdas_ptr": None},
+        NORM | ALONE | {"ADD": False, "dx0_ptr": None},
         {},
         1,
         3,
