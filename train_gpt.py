@@ -1368,71 +1368,56 @@ def _store_head(x, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, colu
 
 @triton.jit
 def _qkv_kernel(
-    h,
-    weight,
-    qkv,
-    v_proj,
-    ve,
-    cos_tiles,
-    sin_tiles,
-    lambdas_ptr,
-    factor_ptr,
-    T,
-    C,
-    PROGRAMS,
-    SCALE: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
+    h, weight, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, T, C, SCALE: tl.constexpr, H: tl.constexpr
 ):
     """q, k and v of attention: SCALE h weight^T, and what `_store_head` does.
 
     A tile is two heads wide, so that the product reads less; what an odd last one has beyond v goes nowhere.
     """
+    BM: tl.constexpr = h.block_shape[0]
+    BK: tl.constexpr = h.block_shape[1]
+    D: tl.constexpr = weight.block_shape[0] // 2
     across = tl.cdiv(3 * H, 2)
     # Flattened, so that the next tile loads while this one is stored.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, tl.num_programs(0), flatten=True):
         row, column = tile // across * BM, tile % across * 2 * D
         y = tl.zeros([BM, 2 * D], tl.float32)
         for k in range(0, C, BK):
             y = tl.dot(h.load([row, k]), tl.trans(weight.load([column, k])), y, input_precision="ieee")
-        cos, sin = tl.zeros([BM, D // 2], cos_tiles.dtype), tl.zeros([BM, D // 2], cos_tiles.dtype)
+        c, s = tl.zeros([BM, D // 2], cos.dtype), tl.zeros([BM, D // 2], cos.dtype)
         if column < 2 * H * D:
-            cos, sin = cos_tiles.load([row, 0]), sin_tiles.load([row, 0])
+            c, s = cos.load([row, 0]), sin.load([row, 0])
         left, right = (y * SCALE).reshape(BM, 2, D).permute(0, 2, 1).split()
-        _store_head(left, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column, T, H, D, BM)
-        _store_head(right, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column + D, T, H, D, BM)
+        _store_head(left, qkv, v_proj, ve, c, s, lambdas_ptr, factor_ptr, row, column, T, H, D, BM)
+        _store_head(right, qkv, v_proj, ve, c, s, lambdas_ptr, factor_ptr, row, column + D, T, H, D, BM)
 
 
-class QKV(NamedTuple):
-    """What attention reads, and what its backward pass needs to go on through norm, rotary and mixing."""
+class QKVEnd(NamedTuple):
+    """What attention's backward pass needs to go on through norm, rotary and mixing; nothing without."""
 
-    qkv: Tensor  # q and k normalized and turned, v mixed: (T, 3, H, D)
-    v_proj: Tensor  # v before it is mixed: (T, C)
-    factors: Tensor  # what the norm scaled q and k by: float32 (2, H, T)
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    ve: Tensor | None = None
+    lambdas: Weight | None = None
+    v_proj: Tensor | None = None  # v before it is mixed: (T, C)
+    factors: Tensor | None = None  # what the norm scaled q and k by: float32 (2, H, T)
 
 
-def qkv_forward(h: Normed, qkvo: Weight, ve: Tensor | None, lambdas: Tensor, rotary: nn.Module) -> QKV:
-    """q, k and v of `attention_`, in one kernel with their product."""
+def qkv_forward(h: Normed, qkvo: Weight, ve: Tensor | None, lambdas: Weight, rotary) -> tuple[Tensor, QKVEnd]:
+    """q and k of `attention_`, normalized and turned, and v, mixed: (T, 3, H, D), by one kernel."""
     (T, C), D, x = h.value.shape, 2 * rotary.cos.size(1), h.value
-    made = QKV(
-        x.new_empty(T, 3, C // D, D), torch.empty_like(x), x.new_empty(2, C // D, T, dtype=torch.float32)
-    )
+    qkv, v_proj = x.new_empty(T, 3, C // D, D), torch.empty_like(x)
+    factors = x.new_empty(2, C // D, T, dtype=torch.float32)
     a, b, scale = x, qkvo.value, 1.0
     if h.e4m3 is not None and qkvo.e4m3 is not None:
         a, b, scale = h.e4m3, qkvo.e4m3, normed_scale(C) * WEIGHT_SCALE
     BM, depth, warps, stages = HOPPER_QKV if on_hopper(x) else SMALL_QKV
     BK = depth // a.element_size()
     tiles = [_descriptor(a, BM, BK), _descriptor(b.view(4 * C, C)[: 3 * C], 2 * D, BK)]
-    tiles += [
-        _descriptor(t, BM, D // 2) for t in (made.qkv.view(T, 3 * C), made.v_proj, ve, rotary.cos, rotary.sin)
-    ]
-    sizes = {"SCALE": scale, "H": C // D, "D": D, "BM": BM, "BK": BK}
-    options = {"num_warps": warps, "num_stages": stages}
-    count = programs(x)
-    _qkv_kernel[(count,)](*tiles, lambdas, made.factors, T, C, count, **sizes, **options)
-    return made
+    tiles += [_descriptor(t, BM, D // 2) for t in (qkv.view(T, 3 * C), v_proj, ve, rotary.cos, rotary.sin)]
+    options = {"SCALE": scale, "H": C // D, "num_warps": warps, "num_stages": stages}
+    _qkv_kernel[(programs(x),)](*tiles, lambdas.value, factors, T, C, **options)
+    return qkv, QKVEnd(rotary.cos, rotary.sin, ve, lambdas, v_proj, factors)
 
 
 class Attended(NamedTuple):
@@ -1448,17 +1433,16 @@ class Attended(NamedTuple):
     lse: Tensor  # base-2 log-sum-exp of each row's scores, less log2 of its gate: float32 (H, T)
 
 
-class QKVEnd(NamedTuple):
-    """What attention's backward kernels need to go on through norm, rotary and mixing; nothing without."""
+class AttentionGradients(NamedTuple):
+    """What attention's backward kernels read, out's gradient, and those that they write."""
 
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    factors: Tensor | None = None  # of `QKV`, as v_proj
-    v_proj: Tensor | None = None
-    ve: Tensor | None = None
-    dve: Tensor | None = None  # written
-    lambdas: Tensor | None = None
-    dlambdas: Tensor | None = None  # added to
+    out: Tensor
+    q: Tensor  # with an end, of q before norm and rotary embedding, and so on
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None
+    ve: Tensor | None
+    delta: Tensor  # sum(out * its gradient) over the gate, which those of k and v need: float32 (H, T)
 
 
 @triton.jit
@@ -1474,23 +1458,15 @@ def _masked(scores, low, key, high, needed):
 
 
 @triton.jit
-def _attention_forward_kernel(
-    k_tiles,
-    v_tiles,
-    q_tiles,
-    out_tiles,
-    a,
-    T,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+def _attention_forward_kernel(k_tiles, v_tiles, q_tiles, out_tiles, a, T, H: tl.constexpr):
     """Attention of a tile of queries in one head, and the base-2 log-sum-exp of their scores.
 
     A gate g only scales a row's probabilities, so the log-sum-exp less log2(g) is what the backward pass
     reads.
     """
+    BM: tl.constexpr = q_tiles.block_shape[0]
+    BN: tl.constexpr = k_tiles.block_shape[0]
+    D: tl.constexpr = k_tiles.block_shape[1]
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
@@ -1539,25 +1515,14 @@ def _store_before_norm(ptr, start, column, T, stride, dx, x, factor, cos_ptr, si
 
 @triton.jit
 def _attention_query_kernel(
-    k_tiles,
-    v_tiles,
-    a,
-    end,
-    dout_ptr,
-    dq_ptr,
-    dgate_ptr,
-    delta_ptr,
-    T,
-    STRIDE: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    k_tiles, v_tiles, a, end, d, T, STRIDE: tl.constexpr, H: tl.constexpr, BM: tl.constexpr
 ):
-    """The gradients of q and gate, and delta = sum(out * dout) over the gate, which those of k and v need.
+    """The gradients of q and gate, and delta; with an end, q's is that of q before norm and rotary embedding.
 
-    With the norm's factors, q's gradient is that of q before norm and rotary embedding.
+    d: an AttentionGradients.
     """
+    BN: tl.constexpr = k_tiles.block_shape[0]
+    D: tl.constexpr = k_tiles.block_shape[1]
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
@@ -1568,15 +1533,15 @@ def _attention_query_kernel(
     low = tl.load(a.mask.first_key + start) // BN * BN
     full = tl.load(a.mask.first_key + tl.minimum(start + BM, T) - 1)
     q = _load_tile(a.q, start, head * D, T, STRIDE, BM, D)
-    dout = _load_tile(dout_ptr, start, head * D, T, H * D, BM, D)
+    dout = _load_tile(d.out, start, head * D, T, H * D, BM, D)
     out = _load_tile(a.out, start, head * D, T, H * D, BM, D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if a.gate is not None:
         gate = tl.sigmoid(tl.load(a.gate + rows * H + head, mask=inside, other=0.0).to(tl.float32))
         dgate = delta * (1.0 - gate)
-        tl.store(dgate_ptr + rows * H + head, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+        tl.store(d.gate + rows * H + head, dgate.to(d.gate.dtype.element_ty), mask=inside)
         delta = delta / tl.maximum(gate, 1e-30)  # where the gate is less, out is zero
-    tl.store(delta_ptr + head * T + rows, delta, mask=inside)
+    tl.store(d.delta + head * T + rows, delta, mask=inside)
     dq = tl.zeros([BM, D], tl.float32)
     key = tl.arange(0, BN)[None, :]
     for n in range(low, tl.minimum(start + BM, T), BN):
@@ -1591,37 +1556,26 @@ def _attention_query_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq *= scale
     if end.factors is None:
-        _store_tile(dq_ptr, start, head * D, T, 3 * H * D, dq, BM, D)
+        _store_tile(d.q, start, head * D, T, 3 * H * D, dq, BM, D)
     else:
         factor = tl.load(end.factors + head * T + rows, mask=inside, other=0.0)
         # Once more: the loop has no registers to keep it in.
         q = _load_tile(a.q, start, head * D, T, STRIDE, BM, D).to(tl.float32)
-        _store_before_norm(dq_ptr, start, head * D, T, 3 * H * D, dq, q, factor, end.cos, end.sin, BM, D)
+        _store_before_norm(d.q, start, head * D, T, 3 * H * D, dq, q, factor, end.cos, end.sin, BM, D)
 
 
 @triton.jit
 def _attention_key_kernel(
-    q_tiles,
-    dout_tiles,
-    k_tiles,
-    v_tiles,
-    a,
-    end,
-    dk_ptr,
-    dv_ptr,
-    delta_ptr,
-    T,
-    STRIDE: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    q_tiles, dout_tiles, k_tiles, v_tiles, a, end, d, T, STRIDE: tl.constexpr, H: tl.constexpr
 ):
     """The gradients of k and v for one tile of keys, over all queries that attend to it.
 
-    With the norm's factors, they are those of k before norm and rotary embedding and of v before it is mixed;
-    then that of ve is stored too, and those of l0 and l1 are added to what is there.
+    With an end, they are those of k before norm and rotary embedding and of v before it is mixed; then that
+    of ve is stored too, and those of l0 and l1 are added to what is there.
     """
+    BM: tl.constexpr = q_tiles.block_shape[0]
+    BN: tl.constexpr = k_tiles.block_shape[0]
+    D: tl.constexpr = k_tiles.block_shape[1]
     head = tl.program_id(1)
     start = tl.program_id(0) * BN
     scale = tl.load(a.scale)
@@ -1639,7 +1593,7 @@ def _attention_key_kernel(
         q = q_tiles.load([m, head * D])
         dout = dout_tiles.load([m, head * D])
         lse = tl.load(a.lse + head * T + rows, mask=inside, other=0.0)
-        delta = tl.load(delta_ptr + head * T + rows, mask=inside, other=0.0)
+        delta = tl.load(d.delta + head * T + rows, mask=inside, other=0.0)
         first_key = tl.load(a.mask.first_key + rows, mask=inside, other=0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         partial = (m + BM > full) | (m < start + BN)
@@ -1650,31 +1604,30 @@ def _attention_key_kernel(
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     if end.factors is None:
-        _store_tile(dv_ptr, start, head * D, T, 3 * H * D, dv, BN, D)
-        _store_tile(dk_ptr, start, head * D, T, 3 * H * D, dk * scale, BN, D)
+        _store_tile(d.v, start, head * D, T, 3 * H * D, dv, BN, D)
+        _store_tile(d.k, start, head * D, T, 3 * H * D, dk * scale, BN, D)
     else:
         # The end asks early for what it reads, at most two tiles at a time: registers hold no more.
         keys = start + tl.arange(0, BN)
         v_proj = _load_tile(end.v_proj, start, head * D, T, H * D, BN, D)
         if end.ve is not None:
             ve = _load_tile(end.ve, start, head * D, T, H * D, BN, D)
-        l0, l1 = tl.load(end.lambdas + 2), tl.load(end.lambdas + 3)
+        l0, l1 = tl.load(end.lambdas.value + 2), tl.load(end.lambdas.value + 3)
         factor = tl.load(end.factors + (H + head) * T + keys, mask=keys < T, other=0.0)
-        _store_tile(dv_ptr, start, head * D, T, 3 * H * D, dv * l0, BN, D)
-        tl.atomic_add(end.dlambdas + 2, tl.sum(dv * v_proj.to(tl.float32)), sem="relaxed")
+        _store_tile(d.v, start, head * D, T, 3 * H * D, dv * l0, BN, D)
+        tl.atomic_add(end.lambdas.grad + 2, tl.sum(dv * v_proj.to(tl.float32)), sem="relaxed")
         if end.ve is not None:
-            _store_tile(end.dve, start, head * D, T, H * D, dv * l1, BN, D)
-            tl.atomic_add(end.dlambdas + 3, tl.sum(dv * ve.to(tl.float32)), sem="relaxed")
+            _store_tile(d.ve, start, head * D, T, H * D, dv * l1, BN, D)
+            tl.atomic_add(end.lambdas.grad + 3, tl.sum(dv * ve.to(tl.float32)), sem="relaxed")
         k = _load_tile(a.k, start, head * D, T, STRIDE, BN, D).to(tl.float32)  # again, as q above
         dk *= scale
-        _store_before_norm(dk_ptr, start, head * D, T, 3 * H * D, dk, k, factor, end.cos, end.sin, BN, D)
+        _store_before_norm(d.k, start, head * D, T, 3 * H * D, dk, k, factor, end.cos, end.sin, BN, D)
 
 
-def _attention_sizes(name: str, q: Tensor) -> dict:
-    """An attention kernel's sizes and launch options for q (T, H, D)."""
-    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(q) else SMALL_TILES)[name]
-    _, H, D = q.shape
-    return {"H": H, "D": D, "BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
+def _attention_tile(name: str, x: Tensor) -> tuple[int, int, dict]:
+    """How many queries and keys an attention kernel's tiles have on the device of x, and launch options."""
+    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(x) else SMALL_TILES)[name]
+    return BM, BN, {"num_warps": warps, "num_stages": stages}
 
 
 def _head_tiles(rows: int, *tensors: Tensor) -> list[TensorDescriptor]:
@@ -1686,38 +1639,28 @@ def attention_forward(q, k, v, gate: Tensor | None, mask: Mask, scale: Tensor) -
     """`flash_attention`, times a gate's sigmoid if one is given, as FlashAttention (arXiv 2205.14135)."""
     T, H, D = q.shape
     a = Attended(q, k, v, gate, mask, scale, q.new_empty(T, H, D), q.new_empty(H, T, dtype=torch.float32))
-    sizes = _attention_sizes("forward", q)
-    tiles = [*_head_tiles(sizes["BN"], k, v), *_head_tiles(sizes["BM"], q, a.out)]
-    _attention_forward_kernel[triton.cdiv(T, sizes["BM"]), H](*tiles, a, T, **sizes)
+    BM, BN, options = _attention_tile("forward", q)
+    tiles = [*_head_tiles(BN, k, v), *_head_tiles(BM, q, a.out)]
+    _attention_forward_kernel[triton.cdiv(T, BM), H](*tiles, a, T, H, **options)
     return a
 
 
-def attention_backward_query(dout: Tensor, a: Attended, end: QKVEnd, dqkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Write the gradient of q into dqkv (T, 3, H, D); returns delta, float32 (H, T), and that of gate."""
-    T, H, _ = a.q.shape
-    delta, dgate = torch.empty_like(a.lse), None if a.gate is None else torch.empty_like(a.gate)
-    sizes = _attention_sizes("query", a.q)
-    tiles, grid = _head_tiles(sizes["BN"], a.k, a.v), (triton.cdiv(T, sizes["BM"]), H)
-    _attention_query_kernel[grid](*tiles, a, end, dout, dqkv, dgate, delta, T, STRIDE=a.q.stride(0), **sizes)
-    return delta, dgate
+def attention_backward(dout: Tensor, a: Attended, end: QKVEnd) -> tuple[Tensor, AttentionGradients]:
+    """Gradients of q, k and v, (T, 3, H, D), and all of them. With an end, those of the qkv kernel's product.
 
-
-def attention_backward_key(dout: Tensor, a: Attended, end: QKVEnd, dqkv: Tensor, delta: Tensor):
-    """Write the gradients of k and v into dqkv, and what `end` has besides."""
-    T, H, _ = a.q.shape
-    _, dk, dv = dqkv.unbind(1)
-    sizes = _attention_sizes("key", a.q)
-    tiles = [*_head_tiles(sizes["BM"], a.q, dout), *_head_tiles(sizes["BN"], a.k, a.v)]
-    grid = triton.cdiv(T, sizes["BN"]), H
-    _attention_key_kernel[grid](*tiles, a, end, dk, dv, delta, T, STRIDE=a.k.stride(0), **sizes)
-
-
-def attention_backward(dout: Tensor, a: Attended, end: QKVEnd) -> tuple[Tensor, Tensor | None]:
-    """Gradients of q, k and v, (T, 3, H, D), and of gate. With an end, those of the qkv kernel's product."""
-    dqkv = dout.new_empty(len(dout), 3, *dout.shape[1:])
-    delta, dgate = attention_backward_query(dout, a, end, dqkv)
-    attention_backward_key(dout, a, end, dqkv, delta)
-    return dqkv, dgate
+    Then it adds to that of lambdas, too.
+    """
+    T, H, D = a.q.shape
+    dqkv, delta = dout.new_empty(T, 3, H, D), torch.empty_like(a.lse)
+    dgate, dve = (None if t is None else torch.empty_like(t) for t in (a.gate, end.ve))
+    d = AttentionGradients(dout, *dqkv.unbind(1), dgate, dve, delta)
+    BM, BN, options = _attention_tile("query", dout)
+    tiles, stride = _head_tiles(BN, a.k, a.v), a.q.stride(0)
+    _attention_query_kernel[triton.cdiv(T, BM), H](*tiles, a, end, d, T, stride, H, BM, **options)
+    BM, BN, options = _attention_tile("key", dout)
+    tiles = [*_head_tiles(BM, a.q, dout), *_head_tiles(BN, a.k, a.v)]
+    _attention_key_kernel[triton.cdiv(T, BN), H](*tiles, a, end, d, T, stride, H, **options)
+    return dqkv, d
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -1734,8 +1677,8 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
         a = Attended(q, k, v, None, *ctx.rest, out, lse)
-        dqkv, _ = attention_backward(dout.contiguous(), a, QKVEnd())
-        return *dqkv.unbind(1), None, None
+        _, d = attention_backward(dout.contiguous(), a, QKVEnd())
+        return d.q, d.k, d.v, None, None
 
 
 @fused(flash_attention)
@@ -1752,9 +1695,9 @@ class _Attention(torch.autograd.Function):
         qkvo, gate, lambdas = weights
         T, C = x.shape
         gates = F.linear(h[:, :GATE_CHANNELS], gate.value)
-        made = qkv_forward(Normed(h, e4m3), qkvo, ve, lambdas.value, rotary)
-        a = attention_forward(*made.qkv.unbind(1), gates, mask, rotary.scale)
-        ctx.save_for_backward(h, ve, gates, *made, a.out, a.lse)
+        qkv, end = qkv_forward(Normed(h, e4m3), qkvo, ve, lambdas, rotary)
+        a = attention_forward(*qkv.unbind(1), gates, mask, rotary.scale)
+        ctx.save_for_backward(h, ve, gates, qkv, end.v_proj, end.factors, a.out, a.lse)
         ctx.rest = weights, rotary, mask
         w_o = qkvo.value.view(4, C, C)[3]
         if not getattr(x, "unsaved", False):
@@ -1770,16 +1713,15 @@ class _Attention(torch.autograd.Function):
         dqkvo = qkvo.grad.view(4 * C, C)
         add_product_(dqkvo[3 * C :], dx.t(), out.view(T, C))
         dout = (dx @ qkvo.value.view(4, C, C)[3]).view_as(out)
-        dve = None if ve is None else torch.empty_like(ve)
-        attended = Attended(*qkv.unbind(1), gates, mask, rotary.scale, out, lse)
-        end = QKVEnd(rotary.cos, rotary.sin, factors, v_proj, ve, dve, lambdas.value, lambdas.grad)
-        dqkv, dgates = attention_backward(dout, attended, end)
+        a = Attended(*qkv.unbind(1), gates, mask, rotary.scale, out, lse)
+        end = QKVEnd(rotary.cos, rotary.sin, ve, lambdas, v_proj, factors)
+        dqkv, d = attention_backward(dout, a, end)
         dqkv = dqkv.view(T, 3 * C)
         add_product_(dqkvo[: 3 * C], dqkv.t(), h)
-        add_product_(gate.grad, dgates.t(), h[:, :GATE_CHANNELS])
+        add_product_(gate.grad, d.gate.t(), h[:, :GATE_CHANNELS])
         dh = dqkv @ qkvo.read.view(4 * C, C)[: 3 * C]
-        dh[:, :GATE_CHANNELS].addmm_(dgates, gate.value)
-        return dx, dh, dve, None, None, None, None
+        dh[:, :GATE_CHANNELS].addmm_(d.gate, gate.value)
+        return dx, dh, d.ve, None, None, None, None
 
 
 @fused(attention_)

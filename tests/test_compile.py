@@ -22,20 +22,21 @@ import train_gpt as g
 INTEGERS = ("T", "V", "C", "N", "K", "QUADS", "PROGRAMS")
 INTEGER_POINTERS = ("target_ptr", "tokens_ptr", "words_ptr")
 FLOAT_POINTERS = (
-    *("lse_ptr", "delta_ptr", "loss_ptr", "dloss_ptr", "table_ptr"),
-    *("lambdas_ptr", "dlambdas_ptr", "factor_ptr"),
+    *("lse_ptr", "loss_ptr", "dloss_ptr", "table_ptr", "lambdas_ptr", "factor_ptr"),
 )
 TYPES = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(INTEGER_POINTERS, "*i32")
 TYPES |= dict.fromkeys(FLOAT_POINTERS, "*fp32")
 # Handles, a type a field; no type stands for no tensor.
 WIDE, NARROW = "*fp32", "*bf16"
 GATED = g.Attended(NARROW, NARROW, NARROW, NARROW, g.Mask("*i32", "*i32"), WIDE, NARROW, WIDE)
-MIXED = g.QKVEnd(NARROW, NARROW, WIDE, NARROW, NARROW, NARROW, WIDE, WIDE)
-TYPES |= {"a": GATED, "end": MIXED}
-TYPES |= {"lambdas": g.Weight(WIDE, WIDE), "h": g.Normed(NARROW, "*fp8e4nv")}
+LAMBDAS = g.Weight(WIDE, WIDE)
+MIXED = g.QKVEnd(NARROW, NARROW, NARROW, LAMBDAS, NARROW, WIDE)
+GRADIENTS = g.AttentionGradients(*[NARROW] * 6, WIDE)
+TYPES |= {"a": GATED, "end": MIXED, "d": GRADIENTS}
+TYPES |= {"lambdas": LAMBDAS, "h": g.Normed(NARROW, "*fp8e4nv")}
 UNGATED = {"a": GATED._replace(gate=None)}
-PLAIN = UNGATED | {"end": g.QKVEnd()}
-WITHOUT_VE = {"end": MIXED._replace(ve=None, dve=None)}
+PLAIN = UNGATED | {"end": g.QKVEnd(), "d": GRADIENTS._replace(gate=None, ve=None)}
+WITHOUT_VE = {"end": MIXED._replace(ve=None), "d": GRADIENTS._replace(ve=None)}
 NORM = {"BLOCK": 1024}
 ALONE = {"x0_ptr": None, "lambdas": None}
 IN_BF16 = {"h": g.Normed(NARROW)}
@@ -45,21 +46,21 @@ def descriptor(kind, rows, columns):
     return f"tensordesc<{kind}[{rows}, {columns}]>"
 
 
-def attention(name, handles=None, constants=None, stride=3 * 768):
+def attention(name, handles=None, stride=3 * 768):
     BM, BN, warps, stages = g.HOPPER_TILES[name]
     keys = {"k_tiles", "v_tiles"}
     tiles = keys | {"q_tiles", "out_tiles", "dout_tiles"}
     types = {tile: descriptor("bf16", BN if tile in keys else BM, 128) for tile in tiles}
-    sizes = {"H": 6, "D": 128, "BM": BM, "BN": BN} | ({} if name == "forward" else {"STRIDE": stride})
-    return sizes | (constants or {}), types | (handles or {}), warps, stages
+    sizes = {"H": 6} | ({} if name == "forward" else {"STRIDE": stride})
+    sizes |= {"BM": BM} if name == "query" else {}
+    return sizes, types | (handles or {}), warps, stages
 
 
 def qkv(kind, depth, constants=None):
     BM, _, warps, stages = g.HOPPER_QKV
     types = {"h": descriptor(kind, BM, depth), "weight": descriptor(kind, 256, depth)}
-    types |= dict.fromkeys(("qkv", "v_proj", "ve", "cos_tiles", "sin_tiles"), descriptor("bf16", BM, 64))
-    sizes = {"SCALE": 1.0, "H": 6, "D": 128, "BM": BM, "BK": depth}
-    return sizes | (constants or {}), types, warps, stages
+    types |= dict.fromkeys(("qkv", "v_proj", "ve", "cos", "sin"), descriptor("bf16", BM, 64))
+    return {"SCALE": 1.0, "H": 6} | (constants or {}), types, warps, stages
 
 
 def mlp(backward):
@@ -89,7 +90,7 @@ KERNELS = {
     "forward": (g._attention_forward_kernel, *attention("forward")),
     "forward alone": (g._attention_forward_kernel, *attention("forward", UNGATED)),
     "query": (g._attention_query_kernel, *attention("query")),
-    "query alone": (g._attention_query_kernel, *attention("query", PLAIN, {"dgate_ptr": None}, 768)),
+    "query alone": (g._attention_query_kernel, *attention("query", PLAIN, stride=768)),
     "key": (g._attention_key_kernel, *attention("key")),
     "key without ve": (g._attention_key_kernel, *attention("key", WITHOUT_VE)),
     "key alone": (g._attention_key_kernel, *attention("key", PLAIN, stride=768)),

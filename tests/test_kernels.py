@@ -511,13 +511,10 @@ def attention_inputs(T, heads, head_dim, mixed=True):
 def kernel_attention(h, qkvo, ve, gate, lambdas, rotary, mask, dout):
     """Run the attention kernels both ways: out, dqkv, and the gradients of ve, lambdas and gate."""
     lambdas = train_gpt.weight_handle(lambdas)
-    made = train_gpt.qkv_forward(Normed(h), Weight(qkvo), ve, lambdas.value.detach(), rotary)
-    a = train_gpt.attention_forward(*made.qkv.unbind(1), gate, mask, rotary.scale)
-    dve = None if ve is None else torch.empty_like(ve)
-    factors, v_proj, row = made.factors, made.v_proj, lambdas.value.detach()
-    end = train_gpt.QKVEnd(rotary.cos, rotary.sin, factors, v_proj, ve, dve, row, lambdas.grad)
-    dqkv, dgate = train_gpt.attention_backward(dout, a, end)
-    return a.out, dqkv, dve, lambdas.grad, dgate
+    qkv, end = train_gpt.qkv_forward(Normed(h), Weight(qkvo), ve, lambdas, rotary)
+    a = train_gpt.attention_forward(*qkv.unbind(1), gate, mask, rotary.scale)
+    dqkv, d = train_gpt.attention_backward(dout, a, end)
+    return a.out, dqkv, d.ve, lambdas.grad, d.gate
 
 
 @pytest.mark.parametrize("dtype, tolerance", [FLOAT32, BF16])
@@ -612,7 +609,8 @@ def test_qkv_fp8(mixed):
     h, qkvo, ve, _, lambdas, rotary = attention_inputs(70, 3, 32, mixed)
     h, lambdas = train_gpt.rms_norm(h), lambdas.detach()
     h_e4m3, w_e4m3 = to_e4m3(h, normed_scale(96)), to_e4m3(qkvo, WEIGHT_SCALE)
-    made = train_gpt.qkv_forward(Normed(h, h_e4m3), Weight(qkvo, e4m3=w_e4m3), ve, lambdas, rotary)
+    qkvo_e4m3 = Weight(qkvo, e4m3=w_e4m3)
+    qkv, end = train_gpt.qkv_forward(Normed(h, h_e4m3), qkvo_e4m3, ve, Weight(lambdas), rotary)
 
     def plain(h, qkvo):
         """q, k and v turned and mixed, and v before."""
@@ -621,7 +619,7 @@ def test_qkv_fp8(mixed):
         return q, k, lambdas[2] * v + (lambdas[3] * ve.view_as(v) if mixed else 0), v
 
     wanted = plain(h_e4m3.double() * normed_scale(96), w_e4m3.double() * WEIGHT_SCALE)
-    found = (*made.qkv.unbind(1), made.v_proj.view(70, 3, 32))
+    found = (*qkv.unbind(1), end.v_proj.view(70, 3, 32))
     tolerance = 1e-3 if DEVICE == "cuda" else 1e-5  # an H100 does not add up e4m3 products in full float32
     assert all(relative(t, exact) < tolerance for t, exact in zip(found, wanted, strict=True))
     assert 1e-3 < relative(found[0], plain(h, qkvo)[0]) < 1 / 16
