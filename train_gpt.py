@@ -1738,42 +1738,29 @@ MLP_TILE = (128, 256, 128, 8, 3)  # rows, columns, depth in bytes, warps, stages
 
 
 @triton.jit
-def _store_squares(x, out, row, column, SCALE):
-    x = tl.maximum(x * SCALE, 0.0)
-    out.store([row, column], tl.minimum(x * x, 448.0).to(out.dtype))  # the largest e4m3
+def _store_hidden(x, squares, out, wide, row, column, SCALE):
+    if squares is None:
+        x = tl.maximum(x * SCALE, 0.0)
+        out.store([row, column], tl.minimum(x * x, 448.0).to(out.dtype))  # the largest e4m3
+    else:
+        squares = squares.to(tl.float32)
+        wide.store([row, column], squares.to(wide.dtype))
+        out.store([row, column], (x * (2.0 * tl.sqrt(squares))).to(out.dtype))
 
 
 @triton.jit
-def _store_gradient(x, squares, out, wide, row, column):
-    squares = squares.to(tl.float32)
-    wide.store([row, column], squares.to(wide.dtype))
-    out.store([row, column], (x * (2.0 * tl.sqrt(squares))).to(out.dtype))
-
-
-@triton.jit
-def _mlp_kernel(
-    a,
-    b,
-    out,
-    hidden,
-    wide,
-    T,
-    N,
-    K,
-    PROGRAMS,
-    SCALE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
+def _mlp_kernel(a, b, out, hidden, wide, T, N, K, SCALE: tl.constexpr):
     """out (T, N) = relu(SCALE a b^T)^2, in e4m3 as a (T, K) and b (N, K) are.
 
     Given such a hidden (T, N), out is a b times the slope there, twice the root of hidden, for b (K, N); and
     wide is hidden in their dtype.
     """
+    BM: tl.constexpr = a.block_shape[0]
+    BK: tl.constexpr = a.block_shape[1]
+    BN: tl.constexpr = 2 * out.block_shape[1]
     across = tl.cdiv(N, BN)
     # Flattened, so that the next tile loads while this one is stored.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, tl.num_programs(0), flatten=True):
         row, column = tile // across * BM, tile % across * BN
         x = tl.zeros([BM, BN], tl.float32)
         for k in range(0, K, BK):
@@ -1781,14 +1768,12 @@ def _mlp_kernel(
             x = tl.dot(a.load([row, k]), factor, x, input_precision="ieee")
         # By halves, one after the other: so they are stored by way of half the shared memory.
         left, right = x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        if hidden is None:
-            _store_squares(left, out, row, column, SCALE)
-            _store_squares(right, out, row, column + BN // 2, SCALE)
-        else:
+        low, high = None, None
+        if hidden is not None:
             squares = hidden.load([row, column])  # one load, since each waits
             low, high = squares.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-            _store_gradient(left, low, out, wide, row, column)
-            _store_gradient(right, high, out, wide, row, column + BN // 2)
+        _store_hidden(left, low, out, wide, row, column, SCALE)
+        _store_hidden(right, high, out, wide, row, column + BN // 2, SCALE)
 
 
 def _mlp_launch(a: Tensor, b: Tensor, out: Tensor, hidden: Tensor | None, wide: Tensor | None, scale: float):
@@ -1798,9 +1783,7 @@ def _mlp_launch(a: Tensor, b: Tensor, out: Tensor, hidden: Tensor | None, wide: 
     BK //= a.element_size()
     tiles = [_descriptor(a, BM, BK), _descriptor(b, *((BN, BK) if hidden is None else (BK, BN)))]
     tiles += [_descriptor(out, BM, BN // 2), _descriptor(hidden, BM, BN), _descriptor(wide, BM, BN // 2)]
-    sizes = {"SCALE": scale, "BM": BM, "BN": BN, "BK": BK, "num_warps": warps, "num_stages": stages}
-    count = programs(a)
-    _mlp_kernel[(count,)](*tiles, T, N, K, count, **sizes)
+    _mlp_kernel[(programs(a),)](*tiles, T, N, K, SCALE=scale, num_warps=warps, num_stages=stages)
 
 
 def mlp_hidden(h_e4m3: Tensor, c_fc_t: Tensor) -> Tensor:

@@ -66,9 +66,7 @@ def qkv(kind, depth, constants=None):
 def mlp(backward):
     BM, BN, BK, warps, stages = g.MLP_TILE
     kind, BK = ("bf16", BK // 2) if backward else ("fp8e4nv", BK)
-    constants = {"SCALE": 1.0, "BM": BM, "BN": BN, "BK": BK}
-    if not backward:
-        constants |= {"hidden": None, "wide": None}
+    constants = {"SCALE": 1.0} if backward else {"SCALE": 1.0, "hidden": None, "wide": None}
     b = (BK, BN) if backward else (BN, BK)
     types = {"a": descriptor(kind, BM, BK), "b": descriptor(kind, *b), "out": descriptor(kind, BM, BN // 2)}
     types |= {"wide": descriptor("bf16", BM, BN // 2), "hidden": descriptor("fp8e4nv", BM, BN)}
