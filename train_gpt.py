@@ -1840,6 +1840,8 @@ def mlp_fused(x: Tensor, h: Tensor | Normed, c_fc: Weight, c_proj: Weight) -> Te
 
 CAP = tl.constexpr(SOFTCAP / 2 / math.log(2))
 SLOPE = tl.constexpr(0.5 / SOFTCAP_SLOPE)
+GAIN = tl.constexpr(SOFTCAP / (4 * SOFTCAP_SLOPE))  # the softcap's slope at 0
+E5M2_GAIN = tl.constexpr(GAIN.value * (1 / GRAD_SCALE))
 
 
 @triton.jit
@@ -1895,65 +1897,46 @@ def _e5m2_bytes(pair):
 
 
 @triton.jit
-def _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, EXACT):
-    """The gradient of z at rows x columns, float32, by GAIN, the softcap's slope at 0; and what is inside."""
+def _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, FP8):
+    """The gradient of z at rows x columns, float32; for e5m2, over GRAD_SCALE and by the approximate tanh."""
     inside = (rows[:, None] < T) & (columns[None, :] < V)
     z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(lse_ptr + rows, mask=rows < T, other=0.0) - CAP
     target = tl.load(target_ptr + rows, mask=rows < T, other=0)
-    dloss = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0) * GAIN
-    tanh = _tanh(z * SLOPE, EXACT)
+    dloss = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0) * (E5M2_GAIN if FP8 else GAIN)
+    tanh = _tanh(z * SLOPE, not FP8)
     p = tl.exp2(tanh * CAP - shift[:, None])
     p = tl.where(columns.to(tl.int32)[None, :] == target[:, None], p - 1.0, p)
-    return p * (1.0 - tanh * tanh) * dloss[:, None], inside
+    return p * (1.0 - tanh * tanh) * dloss[:, None]
 
 
 @triton.jit
 def _loss_backward_kernel(
-    z_ptr,
-    target_ptr,
-    lse_ptr,
-    dloss_ptr,
-    dz_ptr,
-    words_ptr,
-    T,
-    V,
-    QUADS,
-    GAIN: tl.constexpr,
-    FP8: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, words_ptr, T, V, QUADS, BM: tl.constexpr, BN: tl.constexpr
 ):
     """Gradient of z for 4 BM rows, in dz's dtype; or in e5m2's bits, and its transpose in words of 4 rows."""
+    FP8: tl.constexpr = words_ptr is not None
     quads = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    inside = (columns < V)[None, :]
     before = tl.zeros([BM, BN], tl.uint32)
     for half in tl.static_range(2):
         rows = 4 * quads + 2 * half
         at = rows[:, None] * V + columns[None, :]
-        low, low_inside = _loss_gradient(
-            z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, not FP8
-        )
-        high, high_inside = _loss_gradient(
-            z_ptr, target_ptr, lse_ptr, dloss_ptr, rows + 1, columns, T, V, GAIN, not FP8
-        )
+        low = _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, FP8)
+        high = _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows + 1, columns, T, V, FP8)
         if FP8:
             pair = _e5m2_pair(low, high)
             words = tl.inline_asm_elementwise(
-                "prmt.b32 $0, $1, $2, 0x7531;",
-                "=r,r,r",
-                [before, pair],
-                dtype=tl.uint32,
-                is_pure=True,
-                pack=1,
+                "prmt.b32 $0, $1, $2, 0x7531;", "=r,r,r", [before, pair], tl.uint32, is_pure=True, pack=1
             )
             before = pair
             low, high = _e5m2_bytes(pair)
-        tl.store(dz_ptr + at, low.to(dz_ptr.dtype.element_ty), mask=low_inside)
-        tl.store(dz_ptr + at + V, high.to(dz_ptr.dtype.element_ty), mask=high_inside)
+        tl.store(dz_ptr + at, low.to(dz_ptr.dtype.element_ty), mask=(rows < T)[:, None] & inside)
+        tl.store(dz_ptr + at + V, high.to(dz_ptr.dtype.element_ty), mask=(rows + 1 < T)[:, None] & inside)
     if FP8:
         at = columns[:, None] * QUADS + quads[None, :]
-        tl.store(words_ptr + at, tl.trans(words), mask=(columns[:, None] < V) & (quads[None, :] < QUADS))
+        tl.store(words_ptr + at, tl.trans(words), mask=(columns < V)[:, None] & (quads < QUADS)[None, :])
 
 
 def cross_entropy_forward(z: Tensor, targets: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
@@ -1975,10 +1958,8 @@ def cross_entropy_backward(
     dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
     dzt = dz.new_empty(V, T) if fp8 else None
     out, words = (dz.view(torch.uint8), dzt.view(torch.int32)) if fp8 else (dz, None)
-    gain = SOFTCAP / (4 * SOFTCAP_SLOPE) * (1 / GRAD_SCALE if fp8 else 1)
-    sizes = {"GAIN": gain, "FP8": fp8, "BM": 16, "BN": 128}
     _loss_backward_kernel[triton.cdiv(V, 128), triton.cdiv(T, 64)](
-        z, targets, lse, dloss, out, words, T, V, T // 4, **sizes, num_warps=4
+        z, targets, lse, dloss, out, words, T, V, T // 4, BM=16, BN=128, num_warps=4
     )
     return dz, dzt
 

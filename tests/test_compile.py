@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import train_gpt as g
 
-INTEGERS = ("T", "V", "C", "N", "K", "QUADS", "PROGRAMS")
+INTEGERS = ("T", "V", "C", "N", "K", "QUADS")
 INTEGER_POINTERS = ("target_ptr", "tokens_ptr", "words_ptr")
 FLOAT_POINTERS = (
     *("lse_ptr", "loss_ptr", "dloss_ptr", "table_ptr", "lambdas_ptr", "factor_ptr"),
@@ -96,8 +96,8 @@ KERNELS = {
     "mlp backward": (g._mlp_kernel, *mlp(True)),
     "loss": (g._loss_kernel, {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
     "loss exact": (g._loss_kernel, {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
-    "loss backward fp8": loss_backward({"GAIN": 448.0, "FP8": True}, {"dz_ptr": "*u8"}),
-    "loss backward bf16": loss_backward({"GAIN": 1.0, "FP8": False, "words_ptr": None}, {}),
+    "loss backward fp8": loss_backward({}, {"dz_ptr": "*u8"}),
+    "loss backward bf16": loss_backward({"words_ptr": None}, {}),
     "mix_norm": mix_norm({}, {}),
     "mix_norm bf16": mix_norm({}, IN_BF16),
     "norm": mix_norm(ALONE, {}),
