@@ -1517,10 +1517,7 @@ def _store_before_norm(ptr, start, column, T, stride, dx, x, factor, cos_ptr, si
 def _attention_query_kernel(
     k_tiles, v_tiles, a, end, d, T, STRIDE: tl.constexpr, H: tl.constexpr, BM: tl.constexpr
 ):
-    """The gradients of q and gate, and delta; with an end, q's is that of q before norm and rotary embedding.
-
-    d: an AttentionGradients.
-    """
+    """The gradients of q and gate, and delta. With an end, q's is that of q before norm and rotary."""
     BN: tl.constexpr = k_tiles.block_shape[0]
     D: tl.constexpr = k_tiles.block_shape[1]
     head = tl.program_id(1)
@@ -1646,10 +1643,7 @@ def attention_forward(q, k, v, gate: Tensor | None, mask: Mask, scale: Tensor) -
 
 
 def attention_backward(dout: Tensor, a: Attended, end: QKVEnd) -> tuple[Tensor, AttentionGradients]:
-    """Gradients of q, k and v, (T, 3, H, D), and all of them. With an end, those of the qkv kernel's product.
-
-    Then it adds to that of lambdas, too.
-    """
+    """Gradients of q, k and v as one, (T, 3, H, D), and all by name. With an end, lambdas' are added to."""
     T, H, D = a.q.shape
     dqkv, delta = dout.new_empty(T, 3, H, D), torch.empty_like(a.lse)
     dgate, dve = (None if t is None else torch.empty_like(t) for t in (a.gate, end.ve))
@@ -1776,28 +1770,17 @@ def _mlp_kernel(a, b, out, hidden, wide, T, N, K, SCALE: tl.constexpr):
         _store_hidden(right, high, out, wide, row, column + BN // 2, SCALE)
 
 
-def _mlp_launch(a: Tensor, b: Tensor, out: Tensor, hidden: Tensor | None, wide: Tensor | None, scale: float):
-    """Run `_mlp_kernel`."""
-    (T, K), N = a.shape, out.size(1)
+def mlp_product(a: Tensor, b: Tensor, scale: float, hidden: Tensor | None = None) -> tuple:
+    """Run `_mlp_kernel`. Returns out and wide, which is None where no hidden is given."""
+    (T, K), N = a.shape, len(b) if hidden is None else b.size(1)
+    out = a.new_empty(T, N)
+    wide = None if hidden is None else torch.empty_like(out)
     BM, BN, BK, warps, stages = MLP_TILE
     BK //= a.element_size()
     tiles = [_descriptor(a, BM, BK), _descriptor(b, *((BN, BK) if hidden is None else (BK, BN)))]
     tiles += [_descriptor(out, BM, BN // 2), _descriptor(hidden, BM, BN), _descriptor(wide, BM, BN // 2)]
     _mlp_kernel[(programs(a),)](*tiles, T, N, K, SCALE=scale, num_warps=warps, num_stages=stages)
-
-
-def mlp_hidden(h_e4m3: Tensor, c_fc_t: Tensor) -> Tensor:
-    """Hidden units (T, N) in e4m3, by the copies of a normalized activation (T, C) and of c_fc^T (N, C)."""
-    hidden = h_e4m3.new_empty(len(h_e4m3), len(c_fc_t))
-    _mlp_launch(h_e4m3, c_fc_t, hidden, None, None, normed_scale(h_e4m3.size(1)) * WEIGHT_SCALE)
-    return hidden
-
-
-def mlp_hidden_backward(dy: Tensor, c_proj: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of ReLU^2's input, given dy (T, C), that of hidden c_proj^T; and hidden in dy's dtype."""
-    dhidden, wide = torch.empty_like(hidden, dtype=dy.dtype), torch.empty_like(hidden, dtype=dy.dtype)
-    _mlp_launch(dy, c_proj, dhidden, hidden, wide, 1.0)
-    return dhidden, wide
+    return out, wide
 
 
 class _MLP(torch.autograd.Function):
@@ -1809,7 +1792,7 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, h, e4m3, c_fc, c_proj):
-        hidden = mlp_hidden(e4m3, c_fc.e4m3_t)
+        hidden, _ = mlp_product(e4m3, c_fc.e4m3_t, normed_scale(h.size(1)) * WEIGHT_SCALE)
         scales = constant(1.0, x.device), constant(WEIGHT_SCALE, x.device)
         y = torch._scaled_mm(hidden, c_proj.e4m3.t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
         ctx.save_for_backward(h, hidden)
@@ -1819,7 +1802,7 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx):
         (h, hidden), (c_fc, c_proj), dx = ctx.saved_tensors, ctx.weights, dx.contiguous()
-        dhidden, hidden = mlp_hidden_backward(dx, c_proj.dequantized, hidden)
+        dhidden, hidden = mlp_product(dx, c_proj.dequantized, 1.0, hidden)
         add_product_(c_proj.grad, dx.t(), hidden)
         add_product_(c_fc.grad, h.t(), dhidden)
         return dx, dhidden @ c_fc.dequantized.t(), None, None, None
@@ -1849,9 +1832,7 @@ def _tanh(x, EXACT):
     """tanh of float32 x; unless exact, to 2^-11 in one instruction, where three bound the loss kernels."""
     if EXACT:
         return 2 * tl.sigmoid(2 * x) - 1
-    return tl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -1877,7 +1858,7 @@ def _e5m2_pair(low, high):
     By hand, since ptxas of Triton 3.6 and 3.7.1 miscompiles, or never ends on, bytes of converted FP8.
     """
     pair = tl.inline_asm_elementwise(
-        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, is_pure=True, pack=1
     )
     return pair + 0x7F007F + ((pair >> 8) & 0x10001)
 
@@ -1890,7 +1871,7 @@ def _e5m2_bytes(pair):
         " prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }",
         "=r,=r,r,r,r,r",
         [pair],
-        dtype=(tl.uint8, tl.uint8),
+        (tl.uint8, tl.uint8),
         is_pure=True,
         pack=4,
     )
@@ -1947,9 +1928,7 @@ def cross_entropy_forward(z: Tensor, targets: Tensor, exact: bool) -> tuple[Tens
     return loss, lse
 
 
-def cross_entropy_backward(
-    z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: bool
-) -> tuple[Tensor, Tensor | None]:
+def cross_entropy_backward(z, targets, lse, dloss, fp8: bool) -> tuple[Tensor, Tensor | None]:
     """Gradient of z (T, V) in its dtype; or in e5m2, divided by GRAD_SCALE, and its transpose.
 
     lse is that of `cross_entropy_forward`, exact but for e5m2. For e5m2, T must be a multiple of 4.

@@ -217,13 +217,14 @@ def benchmark_mlp(table: Table):
     c_fc, c_proj = (0.03 * random(WIDTH, 4 * WIDTH) for _ in range(2))
     h_e4m3 = g.to_e4m3(h, g.normed_scale(WIDTH))
     c_fc_t = g.to_e4m3(c_fc.t().contiguous(), g.WEIGHT_SCALE)
-    ours = functools.partial(g.mlp_hidden, h_e4m3, c_fc_t)
-    hidden = ours()
+    scale = g.normed_scale(WIDTH) * g.WEIGHT_SCALE
+    ours = functools.partial(g.mlp_product, h_e4m3, c_fc_t, scale)
+    hidden, _ = ours()
     inward = torch.compile(lambda h, w: torch.relu(h @ w).square())
     slope = torch.compile(lambda dout, w, hidden: (dout @ w) * (2 * hidden.sqrt()))
     squares, flops, size = inward(h, c_fc), 2 * T * WIDTH * 4 * WIDTH, h.nbytes + c_fc.nbytes
     table.row("relu(h c_fc)^2, e4m3", ours, lambda: inward(h, c_fc), flops / 2, size // 2 + hidden.nbytes)
-    back = functools.partial(g.mlp_hidden_backward, dout, c_proj, hidden)
+    back = functools.partial(g.mlp_product, dout, c_proj, 1.0, hidden)
     plain = functools.partial(slope, dout, c_proj, squares)
     table.row("its gradient, and it in bf16", back, plain, flops, size + 5 * hidden.nbytes)
 

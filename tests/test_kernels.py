@@ -646,7 +646,7 @@ def test_attention_at_the_records_width(dtype, tolerance):
 
 @pytest.mark.parametrize("T, width, hidden", [(144, 64, 288), (129, 80, 96), (1, 32, 64)])
 @pytest.mark.parametrize("dtype, tolerance", [FLOAT32, BF16])
-def test_mlp_hidden(T, width, hidden, dtype, tolerance):
+def test_mlp_product(T, width, hidden, dtype, tolerance):
     """Hidden units are those of the e4m3 operands, rounded; their gradient is exact for what they became."""
     if DEVICE == "cuda" and dtype == torch.float32:
         pytest.skip("a tile of float32 does not fit the shared memory; a GPU trains in bf16")
@@ -661,12 +661,12 @@ def check_mlp_kernels(h, c_fc, c_proj, dy, tolerance):
     """Compare both kernels with products in float64."""
     scale = normed_scale(h.size(1))
     h_e4m3, c_fc_t = to_e4m3(h, scale), to_e4m3(c_fc.t().contiguous(), WEIGHT_SCALE)
-    squares = train_gpt.mlp_hidden(h_e4m3, c_fc_t)
+    squares, _ = train_gpt.mlp_product(h_e4m3, c_fc_t, scale * WEIGHT_SCALE)
     wanted = torch.relu((h_e4m3.double() * scale) @ (c_fc_t.double() * WEIGHT_SCALE).t()).square()
     assert squares.dtype == torch.float8_e4m3fn
     assert torch.allclose(squares.double(), wanted, rtol=1 / 15, atol=2**-9)
     assert relative(squares, wanted) < 0.04
-    dhidden, wide = train_gpt.mlp_hidden_backward(dy, c_proj, squares)
+    dhidden, wide = train_gpt.mlp_product(dy, c_proj, 1.0, squares)
     assert torch.equal(wide, squares.to(h.dtype))
     wanted = (dy.double() @ c_proj.double()) * 2 * squares.double().sqrt()
     assert relative(dhidden, wanted) < tolerance
