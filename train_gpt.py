@@ -1222,62 +1222,39 @@ EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # as `rms_norm` has it
 
 @triton.jit
 def _mix_norm_kernel(
-    x_ptr,
-    x0_ptr,
-    lambdas_ptr,
-    mixed_ptr,
-    h_ptr,
-    e4m3_ptr,
-    T,
-    C,
-    SCALE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, x0_ptr, lambdas, mixed_ptr, h, T, C, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Mix a tile of rows with x0, if there is one, and normalize it."""
+    """Mix a tile of rows with x0, if there is one, and normalize it. lambdas: a Weight; h: a Normed."""
     rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     at = rows[:, None] * C + columns[None, :]
     inside = (rows < T)[:, None] & (columns < C)[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if x0_ptr is not None:
         x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(lambdas_ptr) * x + tl.load(lambdas_ptr + 1) * x0
+        x = tl.load(lambdas.value) * x + tl.load(lambdas.value + 1) * x0
         tl.store(mixed_ptr + at, x.to(mixed_ptr.dtype.element_ty), mask=inside)
     x *= tl.rsqrt(tl.sum(x * x, 1) / C + EPS)[:, None]
-    if e4m3_ptr is not None:
-        bounded = tl.clamp(x * (1 / SCALE), -448.0, 448.0, tl.PropagateNan.ALL)
-        e4m3 = bounded.to(e4m3_ptr.dtype.element_ty)
-        tl.store(e4m3_ptr + at, e4m3, mask=inside)
+    if h.e4m3 is not None:
+        e4m3 = tl.clamp(x * (1 / SCALE), -448.0, 448.0, tl.PropagateNan.ALL).to(h.e4m3.dtype.element_ty)
+        tl.store(h.e4m3 + at, e4m3, mask=inside)
         x = e4m3.to(tl.float32) * SCALE  # exact gradients of the FP8 products; fewer bits take less power too
-    tl.store(h_ptr + at, x.to(h_ptr.dtype.element_ty), mask=inside)
+    tl.store(h.value + at, x.to(h.value.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _mix_norm_backward_kernel(
-    x_ptr,
-    x0_ptr,
-    lambdas_ptr,
-    dmixed_ptr,
-    dh_ptr,
-    dx_ptr,
-    dx0_ptr,
-    dlambdas_ptr,
-    T,
-    C,
-    PROGRAMS,
-    ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, x0_ptr, lambdas, dmixed_ptr, dh_ptr, dx_ptr, dx0_ptr, T, C, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Compute the gradient of x, store or add that of x0, and add those of a and b to what is there."""
     columns = tl.arange(0, BLOCK)
     inside = columns < C
     sum_a, sum_b = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
-    for row in range(tl.program_id(0), T, PROGRAMS):
+    for row in range(tl.program_id(0), T, tl.num_programs(0)):
         at = row * C.to(tl.int64) + columns
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         mixed = x
         if x0_ptr is not None:
-            a, b = tl.load(lambdas_ptr), tl.load(lambdas_ptr + 1)
+            a, b = tl.load(lambdas.value), tl.load(lambdas.value + 1)
             x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
             mixed = a * x + b * x0
         dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -1298,8 +1275,8 @@ def _mix_norm_backward_kernel(
                 dx0 += before.to(tl.float32)
             tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
     if x0_ptr is not None:
-        tl.atomic_add(dlambdas_ptr, sum_a, sem="relaxed")
-        tl.atomic_add(dlambdas_ptr + 1, sum_b, sem="relaxed")
+        tl.atomic_add(lambdas.grad, sum_a, sem="relaxed")
+        tl.atomic_add(lambdas.grad + 1, sum_b, sem="relaxed")
 
 
 class SharedGradient:
@@ -1329,30 +1306,28 @@ class _MixNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, x0, lambdas, shared, quantize):
         T, C = x.shape
-        h = torch.empty_like(x)
         e4m3 = torch.empty_like(x, dtype=torch.float8_e4m3fn) if quantize else None
+        h = Normed(torch.empty_like(x), e4m3)
         mixed = x if x0 is None else torch.empty_like(x)
-        row = None if x0 is None else lambdas.value
         sizes = {"SCALE": normed_scale(C), "ROWS": 4, "BLOCK": triton.next_power_of_2(C)}
-        _mix_norm_kernel[(triton.cdiv(T, 4),)](x, x0, row, mixed, h, e4m3, T, C, **sizes, num_warps=4)
+        _mix_norm_kernel[(triton.cdiv(T, 4),)](x, x0, lambdas, mixed, h, T, C, **sizes, num_warps=4)
         ctx.save_for_backward(x, x0)
         ctx.lambdas, ctx.shared = lambdas, shared
         ctx.set_materialize_grads(False)  # the e4m3 copy has none
-        return mixed, h, e4m3
+        return mixed, *h
 
     @staticmethod
     def backward(ctx, dmixed, dh, _):
         x, x0 = ctx.saved_tensors
         T, C = x.shape
         dmixed, dh = (torch.zeros_like(x) if d is None else d.contiguous() for d in (dmixed, dh))
-        dx, dx0, row, drow, add = torch.empty_like(x), None, None, None, False
+        dx, dx0, add = torch.empty_like(x), None, False
         if x0 is not None:
-            row, drow, add = ctx.lambdas.value, ctx.lambdas.grad, ctx.shared.total is not None
+            add = ctx.shared.total is not None
             dx0 = ctx.shared.total = ctx.shared.total if add else torch.empty_like(x0)
-        count, sizes = min(4096, T), {"ADD": add, "BLOCK": triton.next_power_of_2(C)}
-        _mix_norm_backward_kernel[(count,)](
-            x, x0, row, dmixed, dh, dx, dx0, drow, T, C, count, **sizes, num_warps=1
-        )
+        sizes = {"ADD": add, "BLOCK": triton.next_power_of_2(C)}
+        given = (x, x0, ctx.lambdas, dmixed, dh, dx, dx0)
+        _mix_norm_backward_kernel[(min(4096, T),)](*given, T, C, **sizes, num_warps=1)
         return dx, None, None, None, None
 
 
@@ -1410,71 +1385,56 @@ def _store_head(x, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, colu
 
 @triton.jit
 def _qkv_kernel(
-    h,
-    weight,
-    qkv,
-    v_proj,
-    ve,
-    cos_tiles,
-    sin_tiles,
-    lambdas_ptr,
-    factor_ptr,
-    T,
-    C,
-    PROGRAMS,
-    SCALE: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
+    h, weight, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, T, C, SCALE: tl.constexpr, H: tl.constexpr
 ):
     """q, k and v of attention: SCALE h weight^T, and what `_store_head` does.
 
     A tile is two heads wide, so that the product reads less; what an odd last one has beyond v goes nowhere.
     """
+    BM: tl.constexpr = h.block_shape[0]
+    BK: tl.constexpr = h.block_shape[1]
+    D: tl.constexpr = weight.block_shape[0] // 2
     across = tl.cdiv(3 * H, 2)
     # Flattened, so that the next tile loads while this one is stored.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, tl.num_programs(0), flatten=True):
         row, column = tile // across * BM, tile % across * 2 * D
         y = tl.zeros([BM, 2 * D], tl.float32)
         for k in range(0, C, BK):
             y = tl.dot(h.load([row, k]), tl.trans(weight.load([column, k])), y, input_precision="ieee")
-        cos, sin = tl.zeros([BM, D // 2], cos_tiles.dtype), tl.zeros([BM, D // 2], cos_tiles.dtype)
+        c, s = tl.zeros([BM, D // 2], cos.dtype), tl.zeros([BM, D // 2], cos.dtype)
         if column < 2 * H * D:
-            cos, sin = cos_tiles.load([row, 0]), sin_tiles.load([row, 0])
+            c, s = cos.load([row, 0]), sin.load([row, 0])
         left, right = (y * SCALE).reshape(BM, 2, D).permute(0, 2, 1).split()
-        _store_head(left, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column, T, H, D, BM)
-        _store_head(right, qkv, v_proj, ve, cos, sin, lambdas_ptr, factor_ptr, row, column + D, T, H, D, BM)
+        _store_head(left, qkv, v_proj, ve, c, s, lambdas_ptr, factor_ptr, row, column, T, H, D, BM)
+        _store_head(right, qkv, v_proj, ve, c, s, lambdas_ptr, factor_ptr, row, column + D, T, H, D, BM)
 
 
-class QKV(NamedTuple):
-    """What attention reads, and what its backward pass needs to go on through norm, rotary and mixing."""
+class QKVEnd(NamedTuple):
+    """What attention's backward pass needs to go on through norm, rotary and mixing; nothing without."""
 
-    qkv: Tensor  # q and k normalized and turned, v mixed: (T, 3, H, D)
-    v_proj: Tensor  # v before it is mixed: (T, C)
-    factors: Tensor  # what the norm scaled q and k by: float32 (2, H, T)
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    ve: Tensor | None = None
+    lambdas: Weight | None = None
+    v_proj: Tensor | None = None  # v before it is mixed: (T, C)
+    factors: Tensor | None = None  # what the norm scaled q and k by: float32 (2, H, T)
 
 
-def qkv_forward(h: Normed, qkvo: Weight, ve: Tensor | None, lambdas: Tensor, rotary: nn.Module) -> QKV:
-    """q, k and v of `attention_`, in one kernel with their product."""
+def qkv_forward(h: Normed, qkvo: Weight, ve: Tensor | None, lambdas: Weight, rotary) -> tuple[Tensor, QKVEnd]:
+    """q and k of `attention_`, normalized and turned, and v, mixed: (T, 3, H, D), by one kernel."""
     (T, C), D, x = h.value.shape, 2 * rotary.cos.size(1), h.value
-    made = QKV(
-        x.new_empty(T, 3, C // D, D), torch.empty_like(x), x.new_empty(2, C // D, T, dtype=torch.float32)
-    )
+    qkv, v_proj = x.new_empty(T, 3, C // D, D), torch.empty_like(x)
+    factors = x.new_empty(2, C // D, T, dtype=torch.float32)
     a, b, scale = x, qkvo.value, 1.0
     if h.e4m3 is not None and qkvo.e4m3 is not None:
         a, b, scale = h.e4m3, qkvo.e4m3, normed_scale(C) * WEIGHT_SCALE
     BM, depth, warps, stages = HOPPER_QKV if on_hopper(x) else SMALL_QKV
     BK = depth // a.element_size()
     tiles = [_descriptor(a, BM, BK), _descriptor(b.view(4 * C, C)[: 3 * C], 2 * D, BK)]
-    tiles += [
-        _descriptor(t, BM, D // 2) for t in (made.qkv.view(T, 3 * C), made.v_proj, ve, rotary.cos, rotary.sin)
-    ]
-    sizes = {"SCALE": scale, "H": C // D, "D": D, "BM": BM, "BK": BK}
-    options = {"num_warps": warps, "num_stages": stages}
-    count = programs(x)
-    _qkv_kernel[(count,)](*tiles, lambdas, made.factors, T, C, count, **sizes, **options)
-    return made
+    tiles += [_descriptor(t, BM, D // 2) for t in (qkv.view(T, 3 * C), v_proj, ve, rotary.cos, rotary.sin)]
+    options = {"SCALE": scale, "H": C // D, "num_warps": warps, "num_stages": stages}
+    _qkv_kernel[(programs(x),)](*tiles, lambdas.value, factors, T, C, **options)
+    return qkv, QKVEnd(rotary.cos, rotary.sin, ve, lambdas, v_proj, factors)
 
 
 class Attended(NamedTuple):
@@ -1490,17 +1450,16 @@ class Attended(NamedTuple):
     lse: Tensor  # base-2 log-sum-exp of each row's scores, less log2 of its gate: float32 (H, T)
 
 
-class QKVEnd(NamedTuple):
-    """What attention's backward kernels need to go on through norm, rotary and mixing; nothing without."""
+class AttentionGradients(NamedTuple):
+    """What attention's backward kernels read, out's gradient, and those that they write."""
 
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    factors: Tensor | None = None  # of `QKV`, as v_proj
-    v_proj: Tensor | None = None
-    ve: Tensor | None = None
-    dve: Tensor | None = None  # written
-    lambdas: Tensor | None = None
-    dlambdas: Tensor | None = None  # added to
+    out: Tensor
+    q: Tensor  # with an end, of q before norm and rotary embedding, and so on
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None
+    ve: Tensor | None
+    delta: Tensor  # sum(out * its gradient) over the gate, which those of k and v need: float32 (H, T)
 
 
 @triton.jit
@@ -1516,23 +1475,15 @@ def _masked(scores, low, key, high, needed):
 
 
 @triton.jit
-def _attention_forward_kernel(
-    k_tiles,
-    v_tiles,
-    q_tiles,
-    out_tiles,
-    a,
-    T,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+def _attention_forward_kernel(k_tiles, v_tiles, q_tiles, out_tiles, a, T, H: tl.constexpr):
     """Attention of a tile of queries in one head, and the base-2 log-sum-exp of their scores.
 
     A gate g only scales a row's probabilities, so the log-sum-exp less log2(g) is what the backward pass
     reads.
     """
+    BM: tl.constexpr = q_tiles.block_shape[0]
+    BN: tl.constexpr = k_tiles.block_shape[0]
+    D: tl.constexpr = k_tiles.block_shape[1]
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
@@ -1581,25 +1532,11 @@ def _store_before_norm(ptr, start, column, T, stride, dx, x, factor, cos_ptr, si
 
 @triton.jit
 def _attention_query_kernel(
-    k_tiles,
-    v_tiles,
-    a,
-    end,
-    dout_ptr,
-    dq_ptr,
-    dgate_ptr,
-    delta_ptr,
-    T,
-    STRIDE: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    k_tiles, v_tiles, a, end, d, T, STRIDE: tl.constexpr, H: tl.constexpr, BM: tl.constexpr
 ):
-    """The gradients of q and gate, and delta = sum(out * dout) over the gate, which those of k and v need.
-
-    With the norm's factors, q's gradient is that of q before norm and rotary embedding.
-    """
+    """The gradients of q and gate, and delta. With an end, q's is that of q before norm and rotary."""
+    BN: tl.constexpr = k_tiles.block_shape[0]
+    D: tl.constexpr = k_tiles.block_shape[1]
     head = tl.program_id(1)
     start = tl.program_id(0) * BM
     rows = start + tl.arange(0, BM)
@@ -1610,15 +1547,15 @@ def _attention_query_kernel(
     low = tl.load(a.mask.first_key + start) // BN * BN
     full = tl.load(a.mask.first_key + tl.minimum(start + BM, T) - 1)
     q = _load_tile(a.q, start, head * D, T, STRIDE, BM, D)
-    dout = _load_tile(dout_ptr, start, head * D, T, H * D, BM, D)
+    dout = _load_tile(d.out, start, head * D, T, H * D, BM, D)
     out = _load_tile(a.out, start, head * D, T, H * D, BM, D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if a.gate is not None:
         gate = tl.sigmoid(tl.load(a.gate + rows * H + head, mask=inside, other=0.0).to(tl.float32))
         dgate = delta * (1.0 - gate)
-        tl.store(dgate_ptr + rows * H + head, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+        tl.store(d.gate + rows * H + head, dgate.to(d.gate.dtype.element_ty), mask=inside)
         delta = delta / tl.maximum(gate, 1e-30)  # where the gate is less, out is zero
-    tl.store(delta_ptr + head * T + rows, delta, mask=inside)
+    tl.store(d.delta + head * T + rows, delta, mask=inside)
     dq = tl.zeros([BM, D], tl.float32)
     key = tl.arange(0, BN)[None, :]
     for n in range(low, tl.minimum(start + BM, T), BN):
@@ -1633,37 +1570,26 @@ def _attention_query_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq *= scale
     if end.factors is None:
-        _store_tile(dq_ptr, start, head * D, T, 3 * H * D, dq, BM, D)
+        _store_tile(d.q, start, head * D, T, 3 * H * D, dq, BM, D)
     else:
         factor = tl.load(end.factors + head * T + rows, mask=inside, other=0.0)
         # Once more: the loop has no registers to keep it in.
         q = _load_tile(a.q, start, head * D, T, STRIDE, BM, D).to(tl.float32)
-        _store_before_norm(dq_ptr, start, head * D, T, 3 * H * D, dq, q, factor, end.cos, end.sin, BM, D)
+        _store_before_norm(d.q, start, head * D, T, 3 * H * D, dq, q, factor, end.cos, end.sin, BM, D)
 
 
 @triton.jit
 def _attention_key_kernel(
-    q_tiles,
-    dout_tiles,
-    k_tiles,
-    v_tiles,
-    a,
-    end,
-    dk_ptr,
-    dv_ptr,
-    delta_ptr,
-    T,
-    STRIDE: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    q_tiles, dout_tiles, k_tiles, v_tiles, a, end, d, T, STRIDE: tl.constexpr, H: tl.constexpr
 ):
     """The gradients of k and v for one tile of keys, over all queries that attend to it.
 
-    With the norm's factors, they are those of k before norm and rotary embedding and of v before it is mixed;
-    then that of ve is stored too, and those of l0 and l1 are added to what is there.
+    With an end, they are those of k before norm and rotary embedding and of v before it is mixed; then that
+    of ve is stored too, and those of l0 and l1 are added to what is there.
     """
+    BM: tl.constexpr = q_tiles.block_shape[0]
+    BN: tl.constexpr = k_tiles.block_shape[0]
+    D: tl.constexpr = k_tiles.block_shape[1]
     head = tl.program_id(1)
     start = tl.program_id(0) * BN
     scale = tl.load(a.scale)
@@ -1681,7 +1607,7 @@ def _attention_key_kernel(
         q = q_tiles.load([m, head * D])
         dout = dout_tiles.load([m, head * D])
         lse = tl.load(a.lse + head * T + rows, mask=inside, other=0.0)
-        delta = tl.load(delta_ptr + head * T + rows, mask=inside, other=0.0)
+        delta = tl.load(d.delta + head * T + rows, mask=inside, other=0.0)
         first_key = tl.load(a.mask.first_key + rows, mask=inside, other=0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         partial = (m + BM > full) | (m < start + BN)
@@ -1692,31 +1618,30 @@ def _attention_key_kernel(
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     if end.factors is None:
-        _store_tile(dv_ptr, start, head * D, T, 3 * H * D, dv, BN, D)
-        _store_tile(dk_ptr, start, head * D, T, 3 * H * D, dk * scale, BN, D)
+        _store_tile(d.v, start, head * D, T, 3 * H * D, dv, BN, D)
+        _store_tile(d.k, start, head * D, T, 3 * H * D, dk * scale, BN, D)
     else:
         # The end asks early for what it reads, at most two tiles at a time: registers hold no more.
         keys = start + tl.arange(0, BN)
         v_proj = _load_tile(end.v_proj, start, head * D, T, H * D, BN, D)
         if end.ve is not None:
             ve = _load_tile(end.ve, start, head * D, T, H * D, BN, D)
-        l0, l1 = tl.load(end.lambdas + 2), tl.load(end.lambdas + 3)
+        l0, l1 = tl.load(end.lambdas.value + 2), tl.load(end.lambdas.value + 3)
         factor = tl.load(end.factors + (H + head) * T + keys, mask=keys < T, other=0.0)
-        _store_tile(dv_ptr, start, head * D, T, 3 * H * D, dv * l0, BN, D)
-        tl.atomic_add(end.dlambdas + 2, tl.sum(dv * v_proj.to(tl.float32)), sem="relaxed")
+        _store_tile(d.v, start, head * D, T, 3 * H * D, dv * l0, BN, D)
+        tl.atomic_add(end.lambdas.grad + 2, tl.sum(dv * v_proj.to(tl.float32)), sem="relaxed")
         if end.ve is not None:
-            _store_tile(end.dve, start, head * D, T, H * D, dv * l1, BN, D)
-            tl.atomic_add(end.dlambdas + 3, tl.sum(dv * ve.to(tl.float32)), sem="relaxed")
+            _store_tile(d.ve, start, head * D, T, H * D, dv * l1, BN, D)
+            tl.atomic_add(end.lambdas.grad + 3, tl.sum(dv * ve.to(tl.float32)), sem="relaxed")
         k = _load_tile(a.k, start, head * D, T, STRIDE, BN, D).to(tl.float32)  # again, as q above
         dk *= scale
-        _store_before_norm(dk_ptr, start, head * D, T, 3 * H * D, dk, k, factor, end.cos, end.sin, BN, D)
+        _store_before_norm(d.k, start, head * D, T, 3 * H * D, dk, k, factor, end.cos, end.sin, BN, D)
 
 
-def _attention_sizes(name: str, q: Tensor) -> dict:
-    """An attention kernel's sizes and launch options for q (T, H, D)."""
-    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(q) else SMALL_TILES)[name]
-    _, H, D = q.shape
-    return {"H": H, "D": D, "BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
+def _attention_tile(name: str, x: Tensor) -> tuple[int, int, dict]:
+    """How many queries and keys an attention kernel's tiles have on the device of x, and launch options."""
+    BM, BN, warps, stages = (HOPPER_TILES if on_hopper(x) else SMALL_TILES)[name]
+    return BM, BN, {"num_warps": warps, "num_stages": stages}
 
 
 def _head_tiles(rows: int, *tensors: Tensor) -> list[TensorDescriptor]:
@@ -1728,38 +1653,25 @@ def attention_forward(q, k, v, gate: Tensor | None, mask: Mask, scale: Tensor) -
     """`flash_attention`, times a gate's sigmoid if one is given, as FlashAttention (arXiv 2205.14135)."""
     T, H, D = q.shape
     a = Attended(q, k, v, gate, mask, scale, q.new_empty(T, H, D), q.new_empty(H, T, dtype=torch.float32))
-    sizes = _attention_sizes("forward", q)
-    tiles = [*_head_tiles(sizes["BN"], k, v), *_head_tiles(sizes["BM"], q, a.out)]
-    _attention_forward_kernel[triton.cdiv(T, sizes["BM"]), H](*tiles, a, T, **sizes)
+    BM, BN, options = _attention_tile("forward", q)
+    tiles = [*_head_tiles(BN, k, v), *_head_tiles(BM, q, a.out)]
+    _attention_forward_kernel[triton.cdiv(T, BM), H](*tiles, a, T, H, **options)
     return a
 
 
-def attention_backward_query(dout: Tensor, a: Attended, end: QKVEnd, dqkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Write the gradient of q into dqkv (T, 3, H, D); returns delta, float32 (H, T), and that of gate."""
-    T, H, _ = a.q.shape
-    delta, dgate = torch.empty_like(a.lse), None if a.gate is None else torch.empty_like(a.gate)
-    sizes = _attention_sizes("query", a.q)
-    tiles, grid = _head_tiles(sizes["BN"], a.k, a.v), (triton.cdiv(T, sizes["BM"]), H)
-    _attention_query_kernel[grid](*tiles, a, end, dout, dqkv, dgate, delta, T, STRIDE=a.q.stride(0), **sizes)
-    return delta, dgate
-
-
-def attention_backward_key(dout: Tensor, a: Attended, end: QKVEnd, dqkv: Tensor, delta: Tensor):
-    """Write the gradients of k and v into dqkv, and what `end` has besides."""
-    T, H, _ = a.q.shape
-    _, dk, dv = dqkv.unbind(1)
-    sizes = _attention_sizes("key", a.q)
-    tiles = [*_head_tiles(sizes["BM"], a.q, dout), *_head_tiles(sizes["BN"], a.k, a.v)]
-    grid = triton.cdiv(T, sizes["BN"]), H
-    _attention_key_kernel[grid](*tiles, a, end, dk, dv, delta, T, STRIDE=a.k.stride(0), **sizes)
-
-
-def attention_backward(dout: Tensor, a: Attended, end: QKVEnd) -> tuple[Tensor, Tensor | None]:
-    """Gradients of q, k and v, (T, 3, H, D), and of gate. With an end, those of the qkv kernel's product."""
-    dqkv = dout.new_empty(len(dout), 3, *dout.shape[1:])
-    delta, dgate = attention_backward_query(dout, a, end, dqkv)
-    attention_backward_key(dout, a, end, dqkv, delta)
-    return dqkv, dgate
+def attention_backward(dout: Tensor, a: Attended, end: QKVEnd) -> tuple[Tensor, AttentionGradients]:
+    """Gradients of q, k and v as one, (T, 3, H, D), and all by name. With an end, lambdas' are added to."""
+    T, H, D = a.q.shape
+    dqkv, delta = dout.new_empty(T, 3, H, D), torch.empty_like(a.lse)
+    dgate, dve = (None if t is None else torch.empty_like(t) for t in (a.gate, end.ve))
+    d = AttentionGradients(dout, *dqkv.unbind(1), dgate, dve, delta)
+    BM, BN, options = _attention_tile("query", dout)
+    tiles, stride = _head_tiles(BN, a.k, a.v), a.q.stride(0)
+    _attention_query_kernel[triton.cdiv(T, BM), H](*tiles, a, end, d, T, stride, H, BM, **options)
+    BM, BN, options = _attention_tile("key", dout)
+    tiles = [*_head_tiles(BM, a.q, dout), *_head_tiles(BN, a.k, a.v)]
+    _attention_key_kernel[triton.cdiv(T, BN), H](*tiles, a, end, d, T, stride, H, **options)
+    return dqkv, d
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -1776,8 +1688,8 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
         a = Attended(q, k, v, None, *ctx.rest, out, lse)
-        dqkv, _ = attention_backward(dout.contiguous(), a, QKVEnd())
-        return *dqkv.unbind(1), None, None
+        _, d = attention_backward(dout.contiguous(), a, QKVEnd())
+        return d.q, d.k, d.v, None, None
 
 
 @fused(flash_attention)
@@ -1794,9 +1706,9 @@ class _Attention(torch.autograd.Function):
         qkvo, gate, lambdas = weights
         T, C = x.shape
         gates = F.linear(h[:, :GATE_CHANNELS], gate.value)
-        made = qkv_forward(Normed(h, e4m3), qkvo, ve, lambdas.value, rotary)
-        a = attention_forward(*made.qkv.unbind(1), gates, mask, rotary.scale)
-        ctx.save_for_backward(h, ve, gates, *made, a.out, a.lse)
+        qkv, end = qkv_forward(Normed(h, e4m3), qkvo, ve, lambdas, rotary)
+        a = attention_forward(*qkv.unbind(1), gates, mask, rotary.scale)
+        ctx.save_for_backward(h, ve, gates, qkv, end.v_proj, end.factors, a.out, a.lse)
         ctx.rest = weights, rotary, mask
         w_o = qkvo.value.view(4, C, C)[3]
         if not getattr(x, "unsaved", False):
@@ -1812,16 +1724,15 @@ class _Attention(torch.autograd.Function):
         dqkvo = qkvo.grad.view(4 * C, C)
         add_product_(dqkvo[3 * C :], dx.t(), out.view(T, C))
         dout = (dx @ qkvo.value.view(4, C, C)[3]).view_as(out)
-        dve = None if ve is None else torch.empty_like(ve)
-        attended = Attended(*qkv.unbind(1), gates, mask, rotary.scale, out, lse)
-        end = QKVEnd(rotary.cos, rotary.sin, factors, v_proj, ve, dve, lambdas.value, lambdas.grad)
-        dqkv, dgates = attention_backward(dout, attended, end)
+        a = Attended(*qkv.unbind(1), gates, mask, rotary.scale, out, lse)
+        end = QKVEnd(rotary.cos, rotary.sin, ve, lambdas, v_proj, factors)
+        dqkv, d = attention_backward(dout, a, end)
         dqkv = dqkv.view(T, 3 * C)
         add_product_(dqkvo[: 3 * C], dqkv.t(), h)
-        add_product_(gate.grad, dgates.t(), h[:, :GATE_CHANNELS])
+        add_product_(gate.grad, d.gate.t(), h[:, :GATE_CHANNELS])
         dh = dqkv @ qkvo.read.view(4 * C, C)[: 3 * C]
-        dh[:, :GATE_CHANNELS].addmm_(dgates, gate.value)
-        return dx, dh, dve, None, None, None, None
+        dh[:, :GATE_CHANNELS].addmm_(d.gate, gate.value)
+        return dx, dh, d.ve, None, None, None, None
 
 
 @fused(attention_)
@@ -1838,42 +1749,29 @@ MLP_TILE = (128, 256, 128, 8, 3)  # rows, columns, depth in bytes, warps, stages
 
 
 @triton.jit
-def _store_squares(x, out, row, column, SCALE):
-    x = tl.maximum(x * SCALE, 0.0)
-    out.store([row, column], tl.minimum(x * x, 448.0).to(out.dtype))  # the largest e4m3
+def _store_hidden(x, squares, out, wide, row, column, SCALE):
+    if squares is None:
+        x = tl.maximum(x * SCALE, 0.0)
+        out.store([row, column], tl.minimum(x * x, 448.0).to(out.dtype))  # the largest e4m3
+    else:
+        squares = squares.to(tl.float32)
+        wide.store([row, column], squares.to(wide.dtype))
+        out.store([row, column], (x * (2.0 * tl.sqrt(squares))).to(out.dtype))
 
 
 @triton.jit
-def _store_gradient(x, squares, out, wide, row, column):
-    squares = squares.to(tl.float32)
-    wide.store([row, column], squares.to(wide.dtype))
-    out.store([row, column], (x * (2.0 * tl.sqrt(squares))).to(out.dtype))
-
-
-@triton.jit
-def _mlp_kernel(
-    a,
-    b,
-    out,
-    hidden,
-    wide,
-    T,
-    N,
-    K,
-    PROGRAMS,
-    SCALE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
+def _mlp_kernel(a, b, out, hidden, wide, T, N, K, SCALE: tl.constexpr):
     """out (T, N) = relu(SCALE a b^T)^2, in e4m3 as a (T, K) and b (N, K) are.
 
     Given such a hidden (T, N), out is a b times the slope there, twice the root of hidden, for b (K, N); and
     wide is hidden in their dtype.
     """
+    BM: tl.constexpr = a.block_shape[0]
+    BK: tl.constexpr = a.block_shape[1]
+    BN: tl.constexpr = 2 * out.block_shape[1]
     across = tl.cdiv(N, BN)
     # Flattened, so that the next tile loads while this one is stored.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, tl.num_programs(0), flatten=True):
         row, column = tile // across * BM, tile % across * BN
         x = tl.zeros([BM, BN], tl.float32)
         for k in range(0, K, BK):
@@ -1881,40 +1779,25 @@ def _mlp_kernel(
             x = tl.dot(a.load([row, k]), factor, x, input_precision="ieee")
         # By halves, one after the other: so they are stored by way of half the shared memory.
         left, right = x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        if hidden is None:
-            _store_squares(left, out, row, column, SCALE)
-            _store_squares(right, out, row, column + BN // 2, SCALE)
-        else:
+        low, high = None, None
+        if hidden is not None:
             squares = hidden.load([row, column])  # one load, since each waits
             low, high = squares.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-            _store_gradient(left, low, out, wide, row, column)
-            _store_gradient(right, high, out, wide, row, column + BN // 2)
+        _store_hidden(left, low, out, wide, row, column, SCALE)
+        _store_hidden(right, high, out, wide, row, column + BN // 2, SCALE)
 
 
-def _mlp_launch(a: Tensor, b: Tensor, out: Tensor, hidden: Tensor | None, wide: Tensor | None, scale: float):
-    """Run `_mlp_kernel`."""
-    (T, K), N = a.shape, out.size(1)
+def mlp_product(a: Tensor, b: Tensor, scale: float, hidden: Tensor | None = None) -> tuple:
+    """Run `_mlp_kernel`. Returns out and wide, which is None where no hidden is given."""
+    (T, K), N = a.shape, len(b) if hidden is None else b.size(1)
+    out = a.new_empty(T, N)
+    wide = None if hidden is None else torch.empty_like(out)
     BM, BN, BK, warps, stages = MLP_TILE
     BK //= a.element_size()
     tiles = [_descriptor(a, BM, BK), _descriptor(b, *((BN, BK) if hidden is None else (BK, BN)))]
     tiles += [_descriptor(out, BM, BN // 2), _descriptor(hidden, BM, BN), _descriptor(wide, BM, BN // 2)]
-    sizes = {"SCALE": scale, "BM": BM, "BN": BN, "BK": BK, "num_warps": warps, "num_stages": stages}
-    count = programs(a)
-    _mlp_kernel[(count,)](*tiles, T, N, K, count, **sizes)
-
-
-def mlp_hidden(h_e4m3: Tensor, c_fc_t: Tensor) -> Tensor:
-    """Hidden units (T, N) in e4m3, by the copies of a normalized activation (T, C) and of c_fc^T (N, C)."""
-    hidden = h_e4m3.new_empty(len(h_e4m3), len(c_fc_t))
-    _mlp_launch(h_e4m3, c_fc_t, hidden, None, None, normed_scale(h_e4m3.size(1)) * WEIGHT_SCALE)
-    return hidden
-
-
-def mlp_hidden_backward(dy: Tensor, c_proj: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of ReLU^2's input, given dy (T, C), that of hidden c_proj^T; and hidden in dy's dtype."""
-    dhidden, wide = torch.empty_like(hidden, dtype=dy.dtype), torch.empty_like(hidden, dtype=dy.dtype)
-    _mlp_launch(dy, c_proj, dhidden, hidden, wide, 1.0)
-    return dhidden, wide
+    _mlp_kernel[(programs(a),)](*tiles, T, N, K, SCALE=scale, num_warps=warps, num_stages=stages)
+    return out, wide
 
 
 class _MLP(torch.autograd.Function):
@@ -1926,7 +1809,7 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, h, e4m3, c_fc, c_proj):
-        hidden = mlp_hidden(e4m3, c_fc.e4m3_t)
+        hidden, _ = mlp_product(e4m3, c_fc.e4m3_t, normed_scale(h.size(1)) * WEIGHT_SCALE)
         scales = constant(1.0, x.device), constant(WEIGHT_SCALE, x.device)
         y = torch._scaled_mm(hidden, c_proj.e4m3.t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
         ctx.save_for_backward(h, hidden)
@@ -1936,7 +1819,7 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx):
         (h, hidden), (c_fc, c_proj), dx = ctx.saved_tensors, ctx.weights, dx.contiguous()
-        dhidden, hidden = mlp_hidden_backward(dx, c_proj.dequantized, hidden)
+        dhidden, hidden = mlp_product(dx, c_proj.dequantized, 1.0, hidden)
         add_product_(c_proj.grad, dx.t(), hidden)
         add_product_(c_fc.grad, h.t(), dhidden)
         return dx, dhidden @ c_fc.dequantized.t(), None, None, None
@@ -1957,6 +1840,8 @@ def mlp_fused(x: Tensor, h: Tensor | Normed, c_fc: Weight, c_proj: Weight) -> Te
 
 CAP = tl.constexpr(SOFTCAP / 2 / math.log(2))
 SLOPE = tl.constexpr(0.5 / SOFTCAP_SLOPE)
+GAIN = tl.constexpr(SOFTCAP / (4 * SOFTCAP_SLOPE))  # the softcap's slope at 0
+E5M2_GAIN = tl.constexpr(GAIN.value * (1 / GRAD_SCALE))
 
 
 @triton.jit
@@ -1964,9 +1849,7 @@ def _tanh(x, EXACT):
     """tanh of float32 x; unless exact, to 2^-11 in one instruction, where three bound the loss kernels."""
     if EXACT:
         return 2 * tl.sigmoid(2 * x) - 1
-    return tl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -1992,7 +1875,7 @@ def _e5m2_pair(low, high):
     By hand, since ptxas of Triton 3.6 and 3.7.1 miscompiles, or never ends on, bytes of converted FP8.
     """
     pair = tl.inline_asm_elementwise(
-        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, is_pure=True, pack=1
     )
     return pair + 0x7F007F + ((pair >> 8) & 0x10001)
 
@@ -2005,72 +1888,53 @@ def _e5m2_bytes(pair):
         " prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }",
         "=r,=r,r,r,r,r",
         [pair],
-        dtype=(tl.uint8, tl.uint8),
+        (tl.uint8, tl.uint8),
         is_pure=True,
         pack=4,
     )
 
 
 @triton.jit
-def _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, EXACT):
-    """The gradient of z at rows x columns, float32, by GAIN, the softcap's slope at 0; and what is inside."""
+def _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, FP8):
+    """The gradient of z at rows x columns, float32; for e5m2, over GRAD_SCALE and by the approximate tanh."""
     inside = (rows[:, None] < T) & (columns[None, :] < V)
     z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(lse_ptr + rows, mask=rows < T, other=0.0) - CAP
     target = tl.load(target_ptr + rows, mask=rows < T, other=0)
-    dloss = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0) * GAIN
-    tanh = _tanh(z * SLOPE, EXACT)
+    dloss = tl.load(dloss_ptr + rows, mask=rows < T, other=0.0) * (E5M2_GAIN if FP8 else GAIN)
+    tanh = _tanh(z * SLOPE, not FP8)
     p = tl.exp2(tanh * CAP - shift[:, None])
     p = tl.where(columns.to(tl.int32)[None, :] == target[:, None], p - 1.0, p)
-    return p * (1.0 - tanh * tanh) * dloss[:, None], inside
+    return p * (1.0 - tanh * tanh) * dloss[:, None]
 
 
 @triton.jit
 def _loss_backward_kernel(
-    z_ptr,
-    target_ptr,
-    lse_ptr,
-    dloss_ptr,
-    dz_ptr,
-    words_ptr,
-    T,
-    V,
-    QUADS,
-    GAIN: tl.constexpr,
-    FP8: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    z_ptr, target_ptr, lse_ptr, dloss_ptr, dz_ptr, words_ptr, T, V, QUADS, BM: tl.constexpr, BN: tl.constexpr
 ):
     """Gradient of z for 4 BM rows, in dz's dtype; or in e5m2's bits, and its transpose in words of 4 rows."""
+    FP8: tl.constexpr = words_ptr is not None
     quads = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    inside = (columns < V)[None, :]
     before = tl.zeros([BM, BN], tl.uint32)
     for half in tl.static_range(2):
         rows = 4 * quads + 2 * half
         at = rows[:, None] * V + columns[None, :]
-        low, low_inside = _loss_gradient(
-            z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, GAIN, not FP8
-        )
-        high, high_inside = _loss_gradient(
-            z_ptr, target_ptr, lse_ptr, dloss_ptr, rows + 1, columns, T, V, GAIN, not FP8
-        )
+        low = _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, FP8)
+        high = _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows + 1, columns, T, V, FP8)
         if FP8:
             pair = _e5m2_pair(low, high)
             words = tl.inline_asm_elementwise(
-                "prmt.b32 $0, $1, $2, 0x7531;",
-                "=r,r,r",
-                [before, pair],
-                dtype=tl.uint32,
-                is_pure=True,
-                pack=1,
+                "prmt.b32 $0, $1, $2, 0x7531;", "=r,r,r", [before, pair], tl.uint32, is_pure=True, pack=1
             )
             before = pair
             low, high = _e5m2_bytes(pair)
-        tl.store(dz_ptr + at, low.to(dz_ptr.dtype.element_ty), mask=low_inside)
-        tl.store(dz_ptr + at + V, high.to(dz_ptr.dtype.element_ty), mask=high_inside)
+        tl.store(dz_ptr + at, low.to(dz_ptr.dtype.element_ty), mask=(rows < T)[:, None] & inside)
+        tl.store(dz_ptr + at + V, high.to(dz_ptr.dtype.element_ty), mask=(rows + 1 < T)[:, None] & inside)
     if FP8:
         at = columns[:, None] * QUADS + quads[None, :]
-        tl.store(words_ptr + at, tl.trans(words), mask=(columns[:, None] < V) & (quads[None, :] < QUADS))
+        tl.store(words_ptr + at, tl.trans(words), mask=(columns < V)[:, None] & (quads < QUADS)[None, :])
 
 
 def cross_entropy_forward(z: Tensor, targets: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
@@ -2081,9 +1945,7 @@ def cross_entropy_forward(z: Tensor, targets: Tensor, exact: bool) -> tuple[Tens
     return loss, lse
 
 
-def cross_entropy_backward(
-    z: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, fp8: bool
-) -> tuple[Tensor, Tensor | None]:
+def cross_entropy_backward(z, targets, lse, dloss, fp8: bool) -> tuple[Tensor, Tensor | None]:
     """Gradient of z (T, V) in its dtype; or in e5m2, divided by GRAD_SCALE, and its transpose.
 
     lse is that of `cross_entropy_forward`, exact but for e5m2. For e5m2, T must be a multiple of 4.
@@ -2092,10 +1954,8 @@ def cross_entropy_backward(
     dz = torch.empty_like(z, dtype=torch.float8_e5m2 if fp8 else z.dtype)
     dzt = dz.new_empty(V, T) if fp8 else None
     out, words = (dz.view(torch.uint8), dzt.view(torch.int32)) if fp8 else (dz, None)
-    gain = SOFTCAP / (4 * SOFTCAP_SLOPE) * (1 / GRAD_SCALE if fp8 else 1)
-    sizes = {"GAIN": gain, "FP8": fp8, "BM": 16, "BN": 128}
     _loss_backward_kernel[triton.cdiv(V, 128), triton.cdiv(T, 64)](
-        z, targets, lse, dloss, out, words, T, V, T // 4, **sizes, num_warps=4
+        z, targets, lse, dloss, out, words, T, V, T // 4, BM=16, BN=128, num_warps=4
     )
     return dz, dzt
 

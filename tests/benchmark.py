@@ -124,7 +124,7 @@ def benchmark_qkv(table: Table, inputs: AttentionInputs) -> tuple:
     flops, size = 2 * T * WIDTH * 3 * WIDTH, 6 * h.nbytes + w_qkv.nbytes
     for name, (h_e4m3, w_e4m3), rate in (("bf16", (None, None), 1), ("e4m3", e4m3, 2)):
         operands = g.Normed(h, h_e4m3), g.Weight(qkvo, e4m3=w_e4m3)
-        ours = functools.partial(g.qkv_forward, *operands, ve, lambdas, rotary)
+        ours = functools.partial(g.qkv_forward, *operands, ve, g.Weight(lambdas), rotary)
         table.row(f"q, k, v of h, {name}", ours, lambda: reference(h, w_qkv, ve), flops / rate, size)
     leaves = [t.contiguous() for t in F.linear(h, w_qkv).view(shape).unbind(1)]
     leaves = [t.detach().clone().requires_grad_() for t in (*leaves, ve, lambdas[2], lambdas[3])]
@@ -150,9 +150,9 @@ def benchmark_attention(table: Table):
         random(1, HEADS, T, HEAD_DIM),
         random(T, HEADS, HEAD_DIM),
     )
-    launches = {name: attention_launches(name) for name in ("forward", "query", "key")}
+    launches = attention_launches("forward"), attention_launches("backward")
     size = inputs.ve.nbytes
-    for window, forward, query, key in zip(WINDOWS, *launches.values(), strict=True):
+    for window, forward, backward in zip(WINDOWS, *launches, strict=True):
         mask = document_mask(window)
 
         def visible(b, h, i, j, first_key=mask.first_key):
@@ -166,15 +166,9 @@ def benchmark_attention(table: Table):
         back = functools.partial(torch.autograd.grad, reference(), batched, gradient, retain_graph=True)
         back_alone = functools.partial(torch.autograd.grad, attend(), alone, dout, retain_graph=True)
         table.row(f"attention forward, W = {window}", forward, reference, flops, 4 * size)
-        both = functools.partial(call_both, query, key)
-        table.row(f"attention backward, W = {window}", both, back, 2.5 * flops, 8 * size)
+        table.row(f"attention backward, W = {window}", backward, back, 2.5 * flops, 8 * size)
         table.row(f"flash_attention, W = {window}", attend, reference, flops, 4 * size)
         table.row(f"flash_attention backward, W = {window}", back_alone, back, 2.5 * flops, 8 * size)
-
-
-def call_both(first, second):
-    first()
-    second()
 
 
 def benchmark_head(table: Table):
@@ -223,13 +217,14 @@ def benchmark_mlp(table: Table):
     c_fc, c_proj = (0.03 * random(WIDTH, 4 * WIDTH) for _ in range(2))
     h_e4m3 = g.to_e4m3(h, g.normed_scale(WIDTH))
     c_fc_t = g.to_e4m3(c_fc.t().contiguous(), g.WEIGHT_SCALE)
-    ours = functools.partial(g.mlp_hidden, h_e4m3, c_fc_t)
-    hidden = ours()
+    scale = g.normed_scale(WIDTH) * g.WEIGHT_SCALE
+    ours = functools.partial(g.mlp_product, h_e4m3, c_fc_t, scale)
+    hidden, _ = ours()
     inward = torch.compile(lambda h, w: torch.relu(h @ w).square())
     slope = torch.compile(lambda dout, w, hidden: (dout @ w) * (2 * hidden.sqrt()))
     squares, flops, size = inward(h, c_fc), 2 * T * WIDTH * 4 * WIDTH, h.nbytes + c_fc.nbytes
     table.row("relu(h c_fc)^2, e4m3", ours, lambda: inward(h, c_fc), flops / 2, size // 2 + hidden.nbytes)
-    back = functools.partial(g.mlp_hidden_backward, dout, c_proj, hidden)
+    back = functools.partial(g.mlp_product, dout, c_proj, 1.0, hidden)
     plain = functools.partial(slope, dout, c_proj, squares)
     table.row("its gradient, and it in bf16", back, plain, flops, size + 5 * hidden.nbytes)
 
@@ -244,25 +239,22 @@ def benchmark_products(table: Table):
 
 
 def attention_launches(name: str) -> list:
-    """A launch of one attention kernel for each window; it reads its tiles when it is called."""
+    """For each window, what launches the "forward" kernel or, by any other name, both of the backward pass.
+
+    They read their tiles when they are called.
+    """
     h, qkvo, ve, gate, lambdas, rotary = attention_inputs()
-    made = g.qkv_forward(g.Normed(h), g.Weight(qkvo), ve, lambdas, rotary)
-    dout, dqkv = random(T, HEADS, HEAD_DIM), torch.empty_like(made.qkv)
-    values = made.factors, made.v_proj, ve, torch.empty_like(ve)
-    end = g.QKVEnd(rotary.cos, rotary.sin, *values, lambdas, torch.zeros_like(lambdas))
+    weight = g.Weight(lambdas, torch.zeros_like(lambdas))
+    qkv, end = g.qkv_forward(g.Normed(h), g.Weight(qkvo), ve, weight, rotary)
+    dout = random(T, HEADS, HEAD_DIM)
     launches = []
     for window in WINDOWS:
-        given = (*made.qkv.unbind(1), gate, document_mask(window), rotary.scale)
+        given = (*qkv.unbind(1), gate, document_mask(window), rotary.scale)
         if name == "forward":
             launches.append(functools.partial(g.attention_forward, *given))
-            continue
-        a = g.attention_forward(*given)
-        if name == "query":
-            launches.append(functools.partial(g.attention_backward_query, dout, a, end, dqkv))
         else:
-            gates = torch.sigmoid(gate.float())
-            delta = ((a.out.float() * dout.float()).sum(-1) / gates).t().contiguous()
-            launches.append(functools.partial(g.attention_backward_key, dout, a, end, dqkv, delta))
+            a = g.attention_forward(*given)
+            launches.append(functools.partial(g.attention_backward, dout, a, end))
     return launches
 
 

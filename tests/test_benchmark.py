@@ -46,8 +46,8 @@ def exact_attention(inputs, mask):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shapes are changed for the interpreter")
-@pytest.mark.parametrize("name, parts", [("forward", ()), ("query", (0,)), ("key", (1, 2))])
-def test_attention_launches(monkeypatch, name, parts):
+@pytest.mark.parametrize("name", ["forward", "query"])
+def test_attention_launches(monkeypatch, name):
     """Each launch is of its own window: what it writes is attention and its gradients there."""
     small = {"DEVICE": "cpu", "T": 192, "HEADS": 1, "HEAD_DIM": 16, "WIDTH": 16, "WINDOWS": (20, 150)}
     for constant, value in small.items():
@@ -60,9 +60,8 @@ def test_attention_launches(monkeypatch, name, parts):
         if name == "forward":
             pairs = [(result.out, wanted)]
         else:
-            dout, _, _, dqkv, *_ = launch.args
-            wanted.backward(dout.double())
-            pairs = [(dqkv[:, part], qkv.grad[:, part]) for part in parts]
+            wanted.backward(launch.args[0].double())
+            pairs = list(zip(result[0].unbind(1), qkv.grad.unbind(1), strict=True))
         for found, exact in pairs:
             assert (found.double() - exact).norm() < 3e-2 * exact.norm()
 

@@ -19,53 +19,54 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import train_gpt as g
 
-INTEGERS = ("T", "V", "C", "N", "K", "QUADS", "PROGRAMS")
+INTEGERS = ("T", "V", "C", "N", "K", "QUADS")
 INTEGER_POINTERS = ("target_ptr", "tokens_ptr", "words_ptr")
 FLOAT_POINTERS = (
-    *("lse_ptr", "delta_ptr", "loss_ptr", "dloss_ptr", "table_ptr"),
-    *("lambdas_ptr", "dlambdas_ptr", "factor_ptr"),
+    *("lse_ptr", "loss_ptr", "dloss_ptr", "table_ptr", "lambdas_ptr", "factor_ptr"),
 )
 TYPES = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(INTEGER_POINTERS, "*i32")
-TYPES |= dict.fromkeys(FLOAT_POINTERS, "*fp32") | {"e4m3_ptr": "*fp8e4nv"}
+TYPES |= dict.fromkeys(FLOAT_POINTERS, "*fp32")
 # Handles, a type a field; no type stands for no tensor.
 WIDE, NARROW = "*fp32", "*bf16"
 GATED = g.Attended(NARROW, NARROW, NARROW, NARROW, g.Mask("*i32", "*i32"), WIDE, NARROW, WIDE)
-MIXED = g.QKVEnd(NARROW, NARROW, WIDE, NARROW, NARROW, NARROW, WIDE, WIDE)
-TYPES |= {"a": GATED, "end": MIXED}
+LAMBDAS = g.Weight(WIDE, WIDE)
+MIXED = g.QKVEnd(NARROW, NARROW, NARROW, LAMBDAS, NARROW, WIDE)
+GRADIENTS = g.AttentionGradients(*[NARROW] * 6, WIDE)
+TYPES |= {"a": GATED, "end": MIXED, "d": GRADIENTS}
+TYPES |= {"lambdas": LAMBDAS, "h": g.Normed(NARROW, "*fp8e4nv")}
 UNGATED = {"a": GATED._replace(gate=None)}
-PLAIN = UNGATED | {"end": g.QKVEnd()}
-WITHOUT_VE = {"end": MIXED._replace(ve=None, dve=None)}
+PLAIN = UNGATED | {"end": g.QKVEnd(), "d": GRADIENTS._replace(gate=None, ve=None)}
+WITHOUT_VE = {"end": MIXED._replace(ve=None), "d": GRADIENTS._replace(ve=None)}
 NORM = {"BLOCK": 1024}
-ALONE = {"x0_ptr": None, "lambdas_ptr": None}
+ALONE = {"x0_ptr": None, "lambdas": None}
+IN_BF16 = {"h": g.Normed(NARROW)}
 
 
 def descriptor(kind, rows, columns):
     return f"tensordesc<{kind}[{rows}, {columns}]>"
 
 
-def attention(name, handles=None, constants=None, stride=3 * 768):
+def attention(name, handles=None, stride=3 * 768):
     BM, BN, warps, stages = g.HOPPER_TILES[name]
     keys = {"k_tiles", "v_tiles"}
     tiles = keys | {"q_tiles", "out_tiles", "dout_tiles"}
     types = {tile: descriptor("bf16", BN if tile in keys else BM, 128) for tile in tiles}
-    sizes = {"H": 6, "D": 128, "BM": BM, "BN": BN} | ({} if name == "forward" else {"STRIDE": stride})
-    return sizes | (constants or {}), types | (handles or {}), warps, stages
+    sizes = {"H": 6} | ({} if name == "forward" else {"STRIDE": stride})
+    sizes |= {"BM": BM} if name == "query" else {}
+    return sizes, types | (handles or {}), warps, stages
 
 
 def qkv(kind, depth, constants=None):
     BM, _, warps, stages = g.HOPPER_QKV
     types = {"h": descriptor(kind, BM, depth), "weight": descriptor(kind, 256, depth)}
-    types |= dict.fromkeys(("qkv", "v_proj", "ve", "cos_tiles", "sin_tiles"), descriptor("bf16", BM, 64))
-    sizes = {"SCALE": 1.0, "H": 6, "D": 128, "BM": BM, "BK": depth}
-    return sizes | (constants or {}), types, warps, stages
+    types |= dict.fromkeys(("qkv", "v_proj", "ve", "cos", "sin"), descriptor("bf16", BM, 64))
+    return {"SCALE": 1.0, "H": 6} | (constants or {}), types, warps, stages
 
 
 def mlp(backward):
     BM, BN, BK, warps, stages = g.MLP_TILE
     kind, BK = ("bf16", BK // 2) if backward else ("fp8e4nv", BK)
-    constants = {"SCALE": 1.0, "BM": BM, "BN": BN, "BK": BK}
-    if not backward:
-        constants |= {"hidden": None, "wide": None}
+    constants = {"SCALE": 1.0} if backward else {"SCALE": 1.0, "hidden": None, "wide": None}
     b = (BK, BN) if backward else (BN, BK)
     types = {"a": descriptor(kind, BM, BK), "b": descriptor(kind, *b), "out": descriptor(kind, BM, BN // 2)}
     types |= {"wide": descriptor("bf16", BM, BN // 2), "hidden": descriptor("fp8e4nv", BM, BN)}
@@ -76,8 +77,8 @@ def loss_backward(constants, types):
     return g._loss_backward_kernel, {"BM": 16, "BN": 128} | constants, types, 4, 3
 
 
-def mix_norm(constants):
-    return g._mix_norm_kernel, NORM | {"SCALE": 0.0625, "ROWS": 4} | constants, {}, 4, 3
+def mix_norm(constants, types):
+    return g._mix_norm_kernel, NORM | {"SCALE": 0.0625, "ROWS": 4} | constants, types, 4, 3
 
 
 KERNELS = {
@@ -87,7 +88,7 @@ KERNELS = {
     "forward": (g._attention_forward_kernel, *attention("forward")),
     "forward alone": (g._attention_forward_kernel, *attention("forward", UNGATED)),
     "query": (g._attention_query_kernel, *attention("query")),
-    "query alone": (g._attention_query_kernel, *attention("query", PLAIN, {"dgate_ptr": None}, 768)),
+    "query alone": (g._attention_query_kernel, *attention("query", PLAIN, stride=768)),
     "key": (g._attention_key_kernel, *attention("key")),
     "key without ve": (g._attention_key_kernel, *attention("key", WITHOUT_VE)),
     "key alone": (g._attention_key_kernel, *attention("key", PLAIN, stride=768)),
@@ -95,17 +96,17 @@ KERNELS = {
     "mlp backward": (g._mlp_kernel, *mlp(True)),
     "loss": (g._loss_kernel, {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
     "loss exact": (g._loss_kernel, {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
-    "loss backward fp8": loss_backward({"GAIN": 448.0, "FP8": True}, {"dz_ptr": "*u8"}),
-    "loss backward bf16": loss_backward({"GAIN": 1.0, "FP8": False, "words_ptr": None}, {}),
-    "mix_norm": mix_norm({}),
-    "mix_norm bf16": mix_norm({"e4m3_ptr": None}),
-    "norm": mix_norm(ALONE),
-    "norm bf16": mix_norm(ALONE | {"e4m3_ptr": None}),
+    "loss backward fp8": loss_backward({}, {"dz_ptr": "*u8"}),
+    "loss backward bf16": loss_backward({"words_ptr": None}, {}),
+    "mix_norm": mix_norm({}, {}),
+    "mix_norm bf16": mix_norm({}, IN_BF16),
+    "norm": mix_norm(ALONE, {}),
+    "norm bf16": mix_norm(ALONE, IN_BF16),
     "mix_norm backward": (g._mix_norm_backward_kernel, NORM | {"ADD": True}, {}, 1, 3),
     "mix_norm backward first": (g._mix_norm_backward_kernel, NORM | {"ADD": False}, {}, 1, 3),
     "norm backward": (
         g._mix_norm_backward_kernel,
-        NORM | ALONE | {"ADD": False, "dx0_ptr": None, "dlambdas_ptr": None},
+        NORM | ALONE | {"ADD": False, "dx0_ptr": None},
         {},
         1,
         3,

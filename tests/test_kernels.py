@@ -511,13 +511,10 @@ def attention_inputs(T, heads, head_dim, mixed=True):
 def kernel_attention(h, qkvo, ve, gate, lambdas, rotary, mask, dout):
     """Run the attention kernels both ways: out, dqkv, and the gradients of ve, lambdas and gate."""
     lambdas = train_gpt.weight_handle(lambdas)
-    made = train_gpt.qkv_forward(Normed(h), Weight(qkvo), ve, lambdas.value.detach(), rotary)
-    a = train_gpt.attention_forward(*made.qkv.unbind(1), gate, mask, rotary.scale)
-    dve = None if ve is None else torch.empty_like(ve)
-    factors, v_proj, row = made.factors, made.v_proj, lambdas.value.detach()
-    end = train_gpt.QKVEnd(rotary.cos, rotary.sin, factors, v_proj, ve, dve, row, lambdas.grad)
-    dqkv, dgate = train_gpt.attention_backward(dout, a, end)
-    return a.out, dqkv, dve, lambdas.grad, dgate
+    qkv, end = train_gpt.qkv_forward(Normed(h), Weight(qkvo), ve, lambdas, rotary)
+    a = train_gpt.attention_forward(*qkv.unbind(1), gate, mask, rotary.scale)
+    dqkv, d = train_gpt.attention_backward(dout, a, end)
+    return a.out, dqkv, d.ve, lambdas.grad, d.gate
 
 
 @pytest.mark.parametrize("dtype, tolerance", [FLOAT32, BF16])
@@ -612,7 +609,8 @@ def test_qkv_fp8(mixed):
     h, qkvo, ve, _, lambdas, rotary = attention_inputs(70, 3, 32, mixed)
     h, lambdas = train_gpt.rms_norm(h), lambdas.detach()
     h_e4m3, w_e4m3 = to_e4m3(h, normed_scale(96)), to_e4m3(qkvo, WEIGHT_SCALE)
-    made = train_gpt.qkv_forward(Normed(h, h_e4m3), Weight(qkvo, e4m3=w_e4m3), ve, lambdas, rotary)
+    qkvo_e4m3 = Weight(qkvo, e4m3=w_e4m3)
+    qkv, end = train_gpt.qkv_forward(Normed(h, h_e4m3), qkvo_e4m3, ve, Weight(lambdas), rotary)
 
     def plain(h, qkvo):
         """q, k and v turned and mixed, and v before."""
@@ -621,7 +619,7 @@ def test_qkv_fp8(mixed):
         return q, k, lambdas[2] * v + (lambdas[3] * ve.view_as(v) if mixed else 0), v
 
     wanted = plain(h_e4m3.double() * normed_scale(96), w_e4m3.double() * WEIGHT_SCALE)
-    found = (*made.qkv.unbind(1), made.v_proj.view(70, 3, 32))
+    found = (*qkv.unbind(1), end.v_proj.view(70, 3, 32))
     tolerance = 1e-3 if DEVICE == "cuda" else 1e-5  # an H100 does not add up e4m3 products in full float32
     assert all(relative(t, exact) < tolerance for t, exact in zip(found, wanted, strict=True))
     assert 1e-3 < relative(found[0], plain(h, qkvo)[0]) < 1 / 16
@@ -648,7 +646,7 @@ def test_attention_at_the_records_width(dtype, tolerance):
 
 @pytest.mark.parametrize("T, width, hidden", [(144, 64, 288), (129, 80, 96), (1, 32, 64)])
 @pytest.mark.parametrize("dtype, tolerance", [FLOAT32, BF16])
-def test_mlp_hidden(T, width, hidden, dtype, tolerance):
+def test_mlp_product(T, width, hidden, dtype, tolerance):
     """Hidden units are those of the e4m3 operands, rounded; their gradient is exact for what they became."""
     if DEVICE == "cuda" and dtype == torch.float32:
         pytest.skip("a tile of float32 does not fit the shared memory; a GPU trains in bf16")
@@ -663,12 +661,12 @@ def check_mlp_kernels(h, c_fc, c_proj, dy, tolerance):
     """Compare both kernels with products in float64."""
     scale = normed_scale(h.size(1))
     h_e4m3, c_fc_t = to_e4m3(h, scale), to_e4m3(c_fc.t().contiguous(), WEIGHT_SCALE)
-    squares = train_gpt.mlp_hidden(h_e4m3, c_fc_t)
+    squares, _ = train_gpt.mlp_product(h_e4m3, c_fc_t, scale * WEIGHT_SCALE)
     wanted = torch.relu((h_e4m3.double() * scale) @ (c_fc_t.double() * WEIGHT_SCALE).t()).square()
     assert squares.dtype == torch.float8_e4m3fn
     assert torch.allclose(squares.double(), wanted, rtol=1 / 15, atol=2**-9)
     assert relative(squares, wanted) < 0.04
-    dhidden, wide = train_gpt.mlp_hidden_backward(dy, c_proj, squares)
+    dhidden, wide = train_gpt.mlp_product(dy, c_proj, 1.0, squares)
     assert torch.equal(wide, squares.to(h.dtype))
     wanted = (dy.double() @ c_proj.double()) * 2 * squares.double().sqrt()
     assert relative(dhidden, wanted) < tolerance
