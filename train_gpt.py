@@ -2969,10 +2969,10 @@ class Timer:
         end = time.monotonic() + max(self.PATIENCE, 100 * median)
         while self.gpu and not mark.query():
             if time.monotonic() > end:
+                step = f"step {self.pending[0][0]}" if self.pending else "a step"
                 raise TimeoutError(
-                    f"the step after {self.last:.0f} ms of training does not end, where one takes"
-                    f" {median:.3g} s: a GPU or another process hangs; start again, with --resume=latest if"
-                    " checkpoints are on"
+                    f"{step} does not end, where one takes {median:.3g} s: a GPU or another process hangs;"
+                    " start again, with --resume=latest if checkpoints are on"
                 )
             time.sleep(2e-4)
 

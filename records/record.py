@@ -1637,8 +1637,24 @@ def profiled_steps(log: Path) -> int:
     return last - first + 1
 
 
+def collectives(spans: list[Span]) -> list[str]:
+    """A line for each collective of a GPU, in their order: when it began, its time and what nothing hides."""
+    computing = [(s.begin, s.end) for s in spans if part_of(s.name) != "communication"]
+    lines = []
+    for span in sorted(spans, key=lambda span: span.begin):
+        if part_of(span.name) == "communication":
+            inside = [(max(a, span.begin), min(b, span.end)) for a, b in computing]
+            bare = span.length - covered([(a, b) for a, b in inside if a < b])
+            name = re.sub(r"^ncclDevKernel_|\(.*", "", span.name)
+            begin = (span.begin - min(s.begin for s in spans)) / 1000
+            lines.append(
+                f"at {begin:8.3f} ms {span.length / 1000:6.3f} ms, {bare / 1000:.3f} not hidden  {name}"
+            )
+    return lines
+
+
 def profile_report(spans: list[Span], on_gpu: bool, steps: int) -> list[str]:
-    """The lines of a profile: time a step by part, communication that is not hidden, the longest kernels."""
+    """The lines of a profile: time a step by part, each collective, the longest kernels."""
     times = [span.length for span in spans] if on_gpu else own_times(spans)
     parts = dict.fromkeys(PARTS, 0.0)
     kernels = {}
@@ -1654,6 +1670,7 @@ def profile_report(spans: list[Span], on_gpu: bool, steps: int) -> list[str]:
             f"computing {computing / a_step:.2f} ms a step, communication not hidden"
             f" {bare_time / a_step:.2f} ms"
         )
+        lines += collectives(spans)
     longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:LONGEST]
     for name, spent in longest:
         calls = f"{len(spent) / steps:7.1f} calls a step"

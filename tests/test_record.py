@@ -1019,7 +1019,7 @@ def write_trace(
 
 
 def test_profile_of_a_gpu(tmp_path):
-    """Time a step by part, communication that is not hidden, the longest kernels; no CPU events."""
+    """Time a step by part, each collective and what is not hidden, the longest kernels; no CPU events."""
     events = [
         event("_attention_key_kernel", 0, 3000),
         event("_attention_key_kernel", 4000, 1000),
@@ -1041,6 +1041,7 @@ def test_profile_of_a_gpu(tmp_path):
         "products 1.00 ms a step",
         "copies 0.30 ms a step",
         "computing 3.30 ms a step, communication not hidden 0.75 ms",
+        "at    6.000 ms  2.500 ms, 1.500 not hidden  AllGather",
         "    2.000 ms     1.0 calls a step  _attention_key_kernel",
         "    1.250 ms     0.5 calls a step  ncclDevKernel_AllGather",
         "    1.000 ms     0.5 calls a step  nvjet_sm90_x",

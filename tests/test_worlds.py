@@ -1,5 +1,6 @@
 """Any number of processes and nodes, ranks that no test machine has, and what befalls a run from outside."""
 
+import math
 import os
 import random
 import re
@@ -19,7 +20,17 @@ from test_main import ENVIRONMENT, SCRIPT, TORCHRUN, changed, run, shaped, val_l
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train_gpt
-from train_gpt import GPT, StepInputs, Trainer, TrainLoader, UsageError, World, parse_settings, step_inputs
+from train_gpt import (
+    GPT,
+    Log,
+    StepInputs,
+    Trainer,
+    TrainLoader,
+    UsageError,
+    World,
+    parse_settings,
+    step_inputs,
+)
 
 
 def near(a, b):
@@ -424,6 +435,26 @@ def test_rank_killed(tmp_path):
         re.search(r"^resumed: step (5|10|15|20|25|30|35) of ", done.stdout, re.M)
         and "step:40/40 val_loss" in done.stdout
     ), done.stderr
+
+
+@pytest.mark.parametrize("median, patience", [(0.02, 60.0), (3.0, 300.0)])
+def test_a_device_that_hangs_is_noticed(tmp_path, monkeypatch, median, patience):
+    """A step that takes a minute and 100 times the median ends the run; a shorter one is waited for."""
+    now, ends = [0.0], [math.inf]
+    monkeypatch.setattr(train_gpt.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train_gpt.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1))
+    with Log(parse_settings(tiny_flags(tmp_path)), World()) as log:
+        timer = train_gpt.Timer(log, 40, World(), 0.0)
+        timer.gpu = True
+        timer.durations.extend([1000 * median] * 5 + [1e9])
+        mark = SimpleNamespace(query=lambda: now[0] >= ends[0])
+        timer.pending.append((7, None, mark))
+        with pytest.raises(TimeoutError, match=f"step 7 does not end.* {median:g} s.*--resume=latest"):
+            timer._wait(mark)
+        assert patience < now[0] < patience + 3
+        now[0], ends[0] = 0.0, patience - 3
+        timer._wait(mark)
+        assert now[0] == pytest.approx(ends[0], abs=1)
 
 
 def only_log_text(folder):
