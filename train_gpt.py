@@ -2249,9 +2249,10 @@ class Bank:
     def _grad_accumulated(self, p: nn.Parameter):
         if p in self.by_autograd:
             self._grad_arrived(p)
-        elif any(p in self.members[chunk] for chunk in self.reduces):
-            raise RuntimeError(f"a gradient of {self.names[self.parameters.index(p)]} came after it was sent")
-        self.by_autograd.add(p)
+        else:  # for the first time, perhaps when its chunk has gone: then `finish_grad_sync` sends it again
+            self.by_autograd.add(p)
+            for chunk in [i for i in self.reduces if p in self.members[i]]:
+                self.reduces.pop(chunk).wait()
 
     def _grad_arrived(self, p: nn.Parameter):
         self.awaited[p] -= 1
