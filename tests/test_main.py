@@ -246,7 +246,7 @@ def test_validation_of_any_length(tmp_path):
 def test_adam_steps_on_odd_steps_and_counts_its_own(tmp_path, monkeypatch):
     s, world = train_gpt.parse_settings(tiny_flags(tmp_path)), train_gpt.World()
     trainer, loader, calls = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world), []
-    monkeypatch.setattr(trainer.adam, "step", lambda scale, t, count: calls.append((step, t, count)))
+    monkeypatch.setattr(trainer.adam, "set_step", lambda scale, t, count: calls.append((step, t, count)))
     for step, batches in enumerate(loader.stream(0, 6)):
         trainer.train_step(step, batches, StepInputs(128, 384))
     assert calls == [(1, 1, s.micro_batches), (3, 2, s.micro_batches), (5, 3, s.micro_batches)]
@@ -257,8 +257,8 @@ def test_optimizers_count_the_micro_batches_of_their_steps(tmp_path, monkeypatch
     monkeypatch.setattr(train_gpt, "step_shape", thirds)
     s, world = parse_settings(tiny_flags(tmp_path)), World()
     trainer, loader, normuon, adam = Trainer(s, world), TrainLoader(s, world), [], []
-    monkeypatch.setattr(trainer.normuon, "step", lambda lr, momentum, count: normuon.append(count))
-    monkeypatch.setattr(trainer.adam, "step", lambda scale, t, count: adam.append(count))
+    monkeypatch.setattr(trainer.normuon, "set_step", lambda lr, momentum, count: normuon.append(count))
+    monkeypatch.setattr(trainer.adam, "set_step", lambda scale, t, count: adam.append(count))
     for step, batches in enumerate(loader.stream(0, s.total_steps)):
         trainer.train_step(step, batches, train_gpt.step_inputs(step, s))
     assert normuon == [2] * 7 + [4] * 7 + [6] * 6
