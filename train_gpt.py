@@ -2547,13 +2547,9 @@ class Trainer:
             bank.all_gather(i)
             bank.stale = False
 
-    def gather_updated(self):
-        """Start to gather the parameters that have been updated since they last were."""
-        self.gather([bank for bank in self.banks if bank.stale])
-
     def wait(self):
-        """Wait until all parameters have come."""
-        self.gather_updated()
+        """Gather what has been updated since it last was, and wait until all parameters have come."""
+        self.gather([bank for bank in self.banks if bank.stale])
         for bank in self.banks:
             bank.wait()
 
@@ -2661,7 +2657,7 @@ class Trainer:
     def validate(self, batches, inputs: StepInputs) -> float:
         """Mean loss over the validation tokens, in nats a token."""
         self.model.eval()
-        self.gather_updated()
+        self.wait()
         # Sums of losses and tokens: a rank may have no micro-batch.
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for batch in batches:

@@ -210,7 +210,7 @@ def test_parameters_are_waited_for_where_they_are_read(tmp_path, fake_rank):
     for step, batches in enumerate(loader.stream(0, 2)):
         trainer.train_step(step, batches, step_inputs(step, s))
     assert all(bank.stale for bank in trainer.banks)
-    trainer.gather_updated()
+    trainer.gather(trainer.banks)
     read = []
 
     def missing(parameter):
