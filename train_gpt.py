@@ -506,8 +506,8 @@ def head_loss(h: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
 def trained(value: Tensor, optimizer: str, lr_mul: float = 1.0, matrices: int = 1) -> nn.Parameter:
     """A parameter, registered with its optimizer, "normuon" or "adam", and a factor of that one's rate.
 
-    NorMuon takes it as so many matrices, end to end in memory. The order in which modules create their
-    parameters is that in which they read them, and so that in which processes send them.
+    NorMuon takes it as so many matrices, end to end in memory. Modules create parameters in the order in
+    which they read them, so that those whose gradients come together lie together.
     """
     parameter = nn.Parameter(value)
     parameter.optimizer = optimizer
@@ -1141,7 +1141,10 @@ def normed_handle(h: Tensor | Normed, w: Weight) -> Normed:
 
 
 def fused(operator: Operator):
-    """Decorator: register a fused version of an operator, unless its definition is to run as it stands."""
+    """Decorator: register a fused version of an operator, unless its definition is to run as it stands.
+
+    It adds its weights' gradients when autograd runs the node of its result, the first if it has several.
+    """
 
     def register(function):
         operator.fused = function if operator.fusible else None
@@ -1161,11 +1164,12 @@ def run_operators_on_gpu():
 
 
 def _call_fused(version, *args):
-    parameters = [a for a in args if isinstance(a, nn.Parameter)]
+    banked = [a for a in args if hasattr(a, "bank")]
+    for p in banked:
+        p.bank.ready(p)
     out = version(*(weight_handle(a) if isinstance(a, nn.Parameter) else a for a in args))
-    for p in parameters:
-        if hasattr(p, "bank") and torch.is_grad_enabled():
-            p.bank.expect_grad(p, (out[0] if isinstance(out, tuple) else out).grad_fn)
+    for p in banked if torch.is_grad_enabled() else ():
+        p.bank.expect_grad(p, (out[0] if isinstance(out, tuple) else out).grad_fn)
     return out
 
 
@@ -2205,8 +2209,13 @@ class Bank:
         self.grad_shard = torch.zeros_like(self.sent[:, 0]) if world.shared else self.grad[:, 0]
         self.moments: Moments | None = None  # the optimizer's
         self.members = [set() for _ in range(self.chunks)]  # the parameters with a part in each chunk
-        self.syncing, self.observed, self.by_autograd, self.awaited = False, False, set(), Counter()
-        self.stale, self.reduces, self.gathers = False, {}, {}
+        # In a backward pass that reduces: each chunk's members whose gradient is not whole, and how many more
+        # additions each gets; whether one such pass has been seen, and to whom autograd adds.
+        self.syncing, self.missing, self.awaited = False, [], Counter()
+        self.observed, self.by_autograd = False, set()
+        self.reduces, self.gathers = {}, {}  # under way, by chunk
+        self.stale = False  # whether parameters were updated and are not yet gathered
+        self.old_copies: set[nn.Parameter] = set()  # whose FP8 copies are of values before those gathered
         start = 0
         for p in self.parameters:
             end = start + p.numel()
@@ -2293,17 +2302,25 @@ class Bank:
         """Start to send each rank's parameters of a chunk to all others."""
         param = self.param[chunk]
         self.gathers[chunk] = all_gather(param.view(-1), param[self.world.rank], async_op=True)
+        self.old_copies |= self.members[chunk]
 
     def wait(self, parameter: nn.Parameter | None = None):
         """Before a parameter, or all of them, are read: wait for their chunks."""
         for chunk in [i for i in self.gathers if parameter is None or parameter in self.members[i]]:
             self.gathers.pop(chunk).wait()
 
+    def ready(self, p: nn.Parameter):
+        """Before a parameter is read: wait for it, and renew its FP8 copies if it has just come."""
+        self.wait(p)
+        if p in self.old_copies:
+            self.old_copies.remove(p)
+            self.quantize(p)
+
     def gather(self, shard: Tensor) -> Tensor:
         """The whole of a state of which each rank holds (chunks, n): flat, without padding."""
         full = shard.new_empty(self.chunks, self.world.size, shard.size(1))
         for chunk, mine in zip(full, shard, strict=True):
-            if self.world.size > 1:
+            if self.world.shared:
                 all_gather(chunk.view(-1), mine.contiguous())
             else:
                 chunk[0] = mine
@@ -2487,11 +2504,15 @@ def document_batch(tokens: np.ndarray, bos: int, device: torch.device) -> Batch:
 
 
 class Part(NamedTuple):
-    """What goes with a micro-batch of a step that processes share; one alone does it before and after."""
+    """What goes with a micro-batch of a step that processes share; a single one does it around them all."""
 
-    first: bool = False  # what was updated in the step before is gathered, and FP8 copies are renewed
-    last: bool = False  # gradients are reduced and parameters updated
-    adam: bool = False  # the step is one of Adam's
+    gathers: tuple[str, ...] = ()  # the first: optimizers whose parameters the step before has updated
+    updates: tuple[str, ...] = ()  # the last: optimizers whose gradients are reduced and parameters updated
+
+
+def updating(step: int) -> tuple[str, ...]:
+    """The optimizers that update in a step."""
+    return ("normuon", "adam") if is_adam_step(step) else ("normuon",)
 
 
 class Recording(NamedTuple):
@@ -2507,7 +2528,8 @@ class Trainer:
     On a GPU a micro-batch is replayed from a graph, one for each variant and part: launched one by one, its
     kernels take the host longer than the GPU. What a graph reads anew stays in place: `inputs` and the
     optimizers' numbers, which each step sets, the Batch of its `Recording`, the parameters and their FP8
-    copies; what it writes: `total`, the step's loss so far, the gradients and, in a last part, the masters.
+    copies; what it writes: `total`, the step's loss so far, the gradients and, where processes share a step,
+    also parameters, FP8 copies, masters and moments.
     """
 
     def __init__(self, s: Hyperparameters, world: World):
@@ -2516,12 +2538,11 @@ class Trainer:
         self.model = GPT(s, longest_sequence(s), world.dtype).to(world.device)
         check_registration(self.model)
         self.normuon, self.adam = NorMuon(self.model, s, world), DistAdam(self.model, s, world)
-        self.banks = list(dict.fromkeys(p.bank for p in self.model.parameters()))  # as they are read
+        self.banks = self.normuon.banks + self.adam.banks
         self.total = torch.zeros((), device=world.device)
         kinds = (torch.float32 if type(x) is float else torch.int32 for x in step_inputs(0, s))
         self.inputs = StepInputs(*(torch.zeros((), dtype=kind, device=world.device) for kind in kinds))
         self.recordings: dict[tuple[Variant, Part], Recording] = {}
-        self.old_copies: set[nn.Parameter] = set()  # parameters whose FP8 copies are of the step before
         self.read_at: dict[nn.Parameter, int] = {}  # when a forward pass of training reads each
         if world.shared:
             for module in self.model.modules():
@@ -2531,12 +2552,13 @@ class Trainer:
         """Wait for what a module reads, itself or from its lists, and make FP8 copies of it anew."""
         lists = [child for child in module.children() if isinstance(child, nn.ParameterList)]
         for p in itertools.chain(*(owner.parameters(recurse=False) for owner in (module, *lists))):
-            p.bank.wait(p)
+            p.bank.ready(p)
             if self.model.training:
                 self.read_at.setdefault(p, len(self.read_at))
-            if p in self.old_copies:
-                self.old_copies.remove(p)
-                p.bank.quantize(p)
+
+    def banks_of(self, optimizers: tuple[str, ...]) -> list[Bank]:
+        """The banks of optimizers by name."""
+        return [bank for name in optimizers for bank in getattr(self, name).banks]
 
     def gather(self, banks: list[Bank]):
         """Start to gather the parameters of banks, chunk by chunk in the order in which they are read."""
@@ -2567,40 +2589,30 @@ class Trainer:
 
     def parts(self, step: int) -> list[Part]:
         """The parts of this rank's micro-batches in a step, in their order."""
-        count = step_shape(step, self.s).micro_batches // self.world.size
-        if not self.world.shared:
-            return [Part()] * count
-        ends = [(i == 0, i == count - 1) for i in range(count)]
-        return [Part(first, last, is_adam_step(step) and (first or last)) for first, last in ends]
+        parts = [Part()] * (step_shape(step, self.s).micro_batches // self.world.size)
+        if self.world.shared:
+            parts[0] = Part(gathers=updating(step - 1))
+            parts[-1] = parts[-1]._replace(updates=updating(step))
+        return parts
 
     def micro_step(self, batch: Batch, part: Part):
         """Add a micro-batch's loss to `total` and its gradients to the parameters'; and do its part."""
-        if part.first:
-            self.gather(self.normuon.banks if part.adam else self.banks)  # the step before was the other kind
-            self.old_copies.update(self.model.parameters())
-        if part.last:
-            for bank in self.updated(part.adam):
-                bank.require_grad_sync()
+        self.gather(self.banks_of(part.gathers))
+        for bank in self.banks_of(part.updates):
+            bank.require_grad_sync()
         loss = self.model(batch, self.inputs).sum()
         loss.backward()
         self.total += loss.detach()
-        if part.first:  # for what no module has read
-            for bank in self.banks:
-                bank.wait()
-        if part.last:
-            self.update(part.adam)
+        for bank in self.banks_of(part.gathers):
+            bank.wait()  # for what no module has read
+        self.update(part.updates)
 
-    def updated(self, adam: bool) -> list[Bank]:
-        """The banks that a step updates."""
-        return self.normuon.banks + self.adam.banks * adam
-
-    def update(self, adam: bool):
+    def update(self, optimizers: tuple[str, ...]):
         """Update parameters, while the last gradients of those that come later are still on their way."""
-        for bank in self.updated(adam):
+        for bank in self.banks_of(optimizers):
             bank.finish_grad_sync()
-        self.normuon.step()
-        if adam:
-            self.adam.step()
+        for name in optimizers:
+            getattr(self, name).step()
 
     def record(self):
         """Record every part of each variant; all kernels must have been compiled."""
@@ -2625,13 +2637,13 @@ class Trainer:
 
         Returns, float32 (2,) on the device, the mean loss of the whole step and how many ranks want to stop.
         """
-        shape, variant, adam = step_shape(step, self.s), step_variant(step, self.s), is_adam_step(step)
+        shape, variant = step_shape(step, self.s), step_variant(step, self.s)
         self.model.train()
         self.total.zero_()
         self._set_inputs(inputs)
         lr_scale = learning_rate_scale(step, self.s)
         self.normuon.set_step(self.s.muon_lr * lr_scale, muon_momentum(step, self.s), shape.micro_batches)
-        if adam:
+        if is_adam_step(step):
             before = step_shape(step - 1, self.s).micro_batches
             self.adam.set_step(lr_scale, step // 2 + 1, (before + shape.micro_batches) / 2)
         if not self.world.shared:
@@ -2645,9 +2657,9 @@ class Trainer:
             else:
                 self.micro_step(batch, part)
         if not self.world.shared:
-            self.update(adam)
-        for bank in self.updated(adam):
-            bank.stale = self.world.shared  # as a graph does not say
+            self.update(updating(step))
+        for bank in self.banks:  # as a graph does not say
+            bank.stale = self.world.shared and bank in self.banks_of(updating(step))
         result = torch.stack([self.total / shape.tokens, torch.full_like(self.total, self.stop)])
         if self.world.shared:
             dist.all_reduce(result)
@@ -2663,7 +2675,7 @@ class Trainer:
         for batch in batches:
             losses = self.model(batch, inputs)
             total += torch.stack([losses.sum(dtype=torch.float64), total.new_full((), len(losses))])
-        if self.world.size > 1:
+        if self.world.shared:
             dist.all_reduce(total)
         return (total[0] / total[1]).item()
 
@@ -2676,8 +2688,7 @@ class Trainer:
         for bank in self.banks:
             state += [bank.param, bank.master, bank.grad, *bank.moments]
         saved = [tensor.to("cpu", copy=True) for tensor in state]
-        # Updates that are recorded want a step with Adam's and one without.
-        count = max(self.s.warmup_steps, 2 * self.world.shared)
+        count = max(2, self.s.warmup_steps)  # one with Adam's update and one without
         with torch.enable_grad():
             for first in first_steps(self.s).values():
                 steps = range(first, min(first + count, self.s.total_steps))
@@ -2703,7 +2714,6 @@ class Trainer:
         yield "rotary.frequencies", self.model.rotary.frequencies
         yield "rotary.scale", self.model.rotary.scale
         for bank in self.banks:
-            bank.wait()
             whole = {"": bank.gather(bank.master)}
             whole[".first"], whole[".second"] = map(bank.gather, bank.moments)
             if bank in self.adam.banks and is_adam_step(step):
@@ -2936,12 +2946,12 @@ class Timer:
     """The training clock, which stops for validation, and the watch over losses and over the wish to stop.
 
     A step's time and loss are read once the device has passed it, a few steps later: training never waits for
-    them. A device that takes a minute and 100 times the median step for it hangs, as one does in a collective
-    of a CUDA graph when another process has gone.
+    them. A wait of over a minute and over 100 times the median step means that the device hangs, as one does
+    in a collective of a CUDA graph when another process has gone. The first step has ten minutes.
     """
 
     LAG = 8  # steps after which a loss is waited for
-    PATIENCE = 60.0  # s
+    PATIENCE, FIRST_PATIENCE = 60.0, 600.0  # s
 
     def __init__(self, log: Log, total_steps: int, world: World, elapsed: float):
         self.log, self.total_steps, self.world = log, total_steps, world
@@ -2963,7 +2973,7 @@ class Timer:
     def _wait(self, mark):
         """Wait until the device has passed a mark; raises TimeoutError when it seems to hang."""
         median = statistics.median(self.durations) / 1000 if self.durations else 0.0
-        end = time.monotonic() + max(self.PATIENCE, 100 * median)
+        end = time.monotonic() + (max(self.PATIENCE, 100 * median) if self.durations else self.FIRST_PATIENCE)
         while self.gpu and not mark.query():
             if time.monotonic() > end:
                 step = f"step {self.pending[0][0]}" if self.pending else "a step"
@@ -2979,8 +2989,8 @@ class Timer:
     def stop(self) -> float:
         """Wait for the device and report every step that it has passed; returns the training time in ms."""
         now = self._now()
-        self._wait(now)
         self.report(0)
+        self._wait(now)
         self.before = self._train_time(now)
         return self.before
 
@@ -3080,6 +3090,10 @@ class Saver:
     def save(self, trainer: Trainer, step: int, elapsed: float):
         """Take the state after `step` steps and `elapsed` ms and begin to write it; raises as `check`."""
         self.check(wait=True)  # its buffers are about to be written anew
+        if trainer.world.shared:  # all wait here for a slow disk, not in a step that would seem to hang
+            written = torch.zeros((), device=trainer.world.device)
+            dist.all_reduce(written)
+            written.item()
         tensors = {name: self._copy(name, tensor) for name, tensor in trainer.whole_state(step)}
         settings = dataclasses.asdict(trainer.s)
         state = {"settings": settings, "step": step, "elapsed": elapsed, "tensors": tensors}
@@ -3321,9 +3335,11 @@ def run(s: Hyperparameters, world: World):
         if s.save_every or s.save_checkpoint:
             saver = Saver(log, trainer)
             save_first(trainer, saver)
-        train_all(trainer, start, train, val, timer, saver)
+        try:
+            train_all(trainer, start, train, val, timer, saver)
+        finally:
+            trainer.recordings.clear()  # graphs that hold collectives go before the process group
         log.write(final_report(trainer.model))
-        trainer.recordings.clear()  # graphs that hold collectives go before the process group
 
 
 def train_all(
