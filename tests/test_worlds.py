@@ -48,15 +48,15 @@ def test_one_to_four_processes_and_two_nodes(tmp_path):
         "--val_batch_size=768",
     ]
     alone = val_losses(run(flags).stdout)
-    for ranks in (2, 3, 4):
+    for ranks in (3, 4):  # two come as two nodes
         done = run(flags, ranks)
         assert near(alone, val_losses(done.stdout)), (ranks, done.stderr)
     # Only rank 0 writes a log, with all ranks' calibration.
     logs = [path.read_text() for path in sorted((tmp_path / "logs").iterdir())]
     assert [
         re.findall(r"^calibration rank (\d): .*copy=\S+ (?:all_reduce=)?", text, re.M) for text in logs
-    ] == [list("0123")[:n] for n in (1, 2, 3, 4)]
-    assert [text.count(" all_reduce=") - logs[0].count(" all_reduce=") for text in logs] == [0, 2, 3, 4]
+    ] == [list("0123")[:n] for n in (1, 3, 4)]
+    assert [text.count(" all_reduce=") - logs[0].count(" all_reduce=") for text in logs] == [0, 3, 4]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -246,18 +246,17 @@ sys.exit(train_gpt.main())
 
 
 def test_a_group_of_one(tmp_path):
-    """One process that sends all to itself: losses are the same to the bit, and it resumes."""
+    """One process that sends all to itself, and goes on from a checkpoint: losses are the same to the bit."""
     script = tmp_path / "shared.py"
     script.write_text(SHARED)
-    flags = [*tiny_flags(tmp_path), "--val_loss_every=4", "--save_every=11"]
+    flags = [*tiny_flags(tmp_path), "--val_loss_every=4", "--save_every=3"]
     alone = val_losses(run(flags).stdout)
+    odd, _ = sorted((tmp_path / "logs").glob("*.pt"))  # 15 of 20 steps, with gradients for Adam
+    command = [*TORCHRUN, "--nproc_per_node=1", str(script), *flags, f"--resume={odd}"]
     environment = ENVIRONMENT | {"PYTHONPATH": str(SCRIPT.parent)}
-    command = [*TORCHRUN, "--nproc_per_node=1", str(script), *flags]
-    for more in ((), ("--resume=latest",)):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, env=environment)
-        found = val_losses(done.stdout)
-        assert done.returncode == 0 and found == alone[-len(found) :], done.stderr
-        assert len(found) == (3 if more else 6)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    found = val_losses(done.stdout)
+    assert done.returncode == 0 and len(found) == 2 and found == alone[-2:], (alone, done.stdout, done.stderr)
 
 
 def watch_reductions(monkeypatch, banks):
