@@ -313,6 +313,19 @@ def test_gradients_travel_once_they_are_whole(tmp_path, monkeypatch, fake_rank, 
     assert {bank.names[0] for bank, *_ in sent[early:]} == {"blocks.11.lambdas"}
 
 
+def test_gradients_travel_in_the_parameters_dtype(monkeypatch, fake_rank):
+    """Those of a bf16 table are summed in float32 and sent in bf16."""
+    p = torch.nn.Parameter(torch.ones(6, dtype=torch.bfloat16))
+    bank = train_gpt.Bank({"table": p}, 3, fake_rank, torch.bfloat16, torch.float32)
+    sent = watch_reductions(monkeypatch, [bank])
+    p.grad.copy_(torch.arange(6.0) + 1e-4)
+    bank.require_grad_sync()
+    bank.finish_grad_sync()
+    ((_, _, copy),) = sent
+    assert p.grad.dtype == torch.float32 and bank.grad_shard.dtype == copy.dtype == torch.bfloat16
+    assert torch.equal(copy, p.grad.bfloat16())
+
+
 def test_a_gradient_that_comes_late_is_sent_again(monkeypatch, fake_rank):
     """From autograd, for a parameter that only fused versions had read before, when its chunk has gone."""
     p = torch.nn.Parameter(torch.ones(6))
