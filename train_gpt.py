@@ -548,7 +548,7 @@ class Rotary(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """A table of embeddings, a module so that it is waited for only where it is read."""
+    """A table of embeddings, looked up where it is called: until then its rows may be on their way."""
 
     def __init__(self, rows: nn.Parameter):
         super().__init__()

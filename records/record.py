@@ -1640,16 +1640,15 @@ def profiled_steps(log: Path) -> int:
 def collectives(spans: list[Span]) -> list[str]:
     """A line for each collective of a GPU, in their order: when it began, its time and what nothing hides."""
     computing = [(s.begin, s.end) for s in spans if part_of(s.name) != "communication"]
+    start = min(span.begin for span in spans)
     lines = []
     for span in sorted(spans, key=lambda span: span.begin):
         if part_of(span.name) == "communication":
             inside = [(max(a, span.begin), min(b, span.end)) for a, b in computing]
             bare = span.length - covered([(a, b) for a, b in inside if a < b])
             name = re.sub(r"^ncclDevKernel_|\(.*", "", span.name)
-            begin = (span.begin - min(s.begin for s in spans)) / 1000
-            lines.append(
-                f"at {begin:8.3f} ms {span.length / 1000:6.3f} ms, {bare / 1000:.3f} not hidden  {name}"
-            )
+            times = f"at {(span.begin - start) / 1000:8.3f} ms {span.length / 1000:6.3f} ms"
+            lines.append(f"{times}, {bare / 1000:.3f} not hidden  {name}")
     return lines
 
 
@@ -1679,7 +1678,7 @@ def profile_report(spans: list[Span], on_gpu: bool, steps: int) -> list[str]:
 
 
 def profile(arguments) -> int:
-    """Print where the time of profiled steps went: ms a step by part, then the longest kernels.
+    """Print where the time of profiled steps went: ms a step by part, collectives, the longest kernels.
 
     The log is that of a run with --profile=FROM:TO, whose trace lies beside it; a trace alone needs --steps.
     On a GPU kernels count, and on a CPU operators without what they call.
