@@ -20,24 +20,19 @@ from pathlib import Path
 import pytest
 import torch
 from shards import documents, tiny_flags, write_shard
+from starts import ENVIRONMENT, forked, ranks_of
 from test_data import thirds, varied
 
 import train_gpt
 from train_gpt import Launch, StepInputs, Trainer, TrainLoader, UsageError, ValLoader, World, parse_settings
 
 SCRIPT = Path(train_gpt.__file__)
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def run(flags, ranks=1, script=SCRIPT):
-    command = [sys.executable] if ranks == 1 else [*TORCHRUN, f"--nproc_per_node={ranks}"]
-    return subprocess.run(
-        [*command, str(script), *flags], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
-    )
+    """A whole run, in forked processes: tests whose matter is the start itself start Python or torchrun."""
+    return forked([script, *flags], ranks_of(ranks) if ranks > 1 else [{}])
 
 
 def changed(folder, code):
@@ -155,9 +150,11 @@ def test_log(tmp_path):
 def test_learns_and_repeats(tmp_path):
     """Two runs are equal to the last digit, and so is a run without warm-up: the rewind is exact."""
     flags = tiny_flags(tmp_path)
-    losses = [
-        val_losses(run([*flags, *more]).stdout)
-        for more in ([], [], ["--warmup_steps=0"], ["--warmup_steps=3"])
+    command = [sys.executable, str(SCRIPT), *flags]
+    started = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    losses = [val_losses(started.stdout)]
+    losses += [
+        val_losses(run([*flags, *more]).stdout) for more in ([], ["--warmup_steps=0"], ["--warmup_steps=3"])
     ]
     assert len(losses[0]) == 5 and losses[0] == losses[1] == losses[2] == losses[3]
 
@@ -342,7 +339,8 @@ def test_log_folder(tmp_path):
 
 
 def test_world_does_not_divide_the_micro_batches(tmp_path):
-    done = run([*tiny_flags(tmp_path), "--micro_batches=1"], ranks=2)
+    command = [*TORCHRUN, "--nproc_per_node=2", str(SCRIPT), *tiny_flags(tmp_path), "--micro_batches=1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     said = done.stderr.count("train_gpt.py: --micro_batches=1 cannot be dealt to 2 processes")
     assert done.returncode != 0 and said == 1
 
@@ -553,13 +551,7 @@ def test_another_service_for_a_master(tmp_path):
     program = "import sys, train_gpt; train_gpt.PATIENCE = 1; sys.exit(train_gpt.main())"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(silent.getsockname()[1]))
-        done = subprocess.run(
-            [sys.executable, "-c", program, *tiny_flags(tmp_path)],
-            env=ENVIRONMENT | GOOD | place | {"PYTHONPATH": str(SCRIPT.parent)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = forked(["-c", program, *tiny_flags(tmp_path)], [GOOD | place], folder=SCRIPT.parent)
     refused(done, "rank 1: 4 processes do not meet at MASTER_ADDR='127.0.0.1'", "no answer in 1 s")
 
 
@@ -607,15 +599,7 @@ def run(*_):
 train_gpt.run, sys.argv = run, ["train_gpt.py"]
 sys.exit(train_gpt.main())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=SCRIPT.parent,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=30,
-    )
-    refused(done, says, code=code)
+    refused(forked(["-c", program], folder=SCRIPT.parent, timeout=30), says, code=code)
 
 
 def alive(group):
