@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from shards import tiny_flags
+from starts import ENVIRONMENT, forked
 from test_data import thirds, varied
-from test_main import ENVIRONMENT, SCRIPT, TORCHRUN, refused, run, val_losses
+from test_main import SCRIPT, TORCHRUN, refused, run, val_losses
 
 import train_gpt
 from train_gpt import (
@@ -257,6 +258,7 @@ def write(self, state, copied):
         print("boundaries", count, flush=True)
         os._exit(7)
 train_gpt.Saver._write = write
+train_gpt.calibrate = lambda *_: ""  # most of such a run's time
 os.fsync, os.replace, torch.save = map(boundary, (os.fsync, os.replace, torch.save))
 sys.exit(train_gpt.main())
 """
@@ -267,13 +269,7 @@ def test_killed_while_saving(tmp_path):
     flags, seen = [*tiny_flags(tmp_path), "--save_every=4", "--warmup_steps=0", "--val_loss_every=0"], []
     for kill_at in range(1, 20):
         shutil.rmtree(tmp_path / "logs", ignore_errors=True)
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, *flags, str(kill_at)],
-            cwd=SCRIPT.parent,
-            capture_output=True,
-            text=True,
-            env=ENVIRONMENT,
-        )
+        done = forked(["-c", KILLED, *flags, kill_at], folder=SCRIPT.parent)
         assert done.returncode in (7, 9), done.stderr
         s = parse_settings([*flags, "--resume=latest"])
         seen.append(train_gpt.read_checkpoint(*train_gpt.find_checkpoints(s, World()))["step"])
@@ -399,13 +395,7 @@ sys.exit(train_gpt.main())
 
 def limited(flags, limit):
     """A run that cannot write files beyond a size, as on a disk that fills up."""
-    return subprocess.run(
-        [sys.executable, "-c", LIMITED, *flags, str(limit)],
-        cwd=SCRIPT.parent,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    return forked(["-c", LIMITED, *flags, limit], folder=SCRIPT.parent)
 
 
 def test_disk_full(tmp_path, trained):

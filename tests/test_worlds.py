@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from shards import documents, tiny_flags, write_shard
+from starts import ENVIRONMENT, forked, ranks_of
 from test_data import thirds, varied
-from test_main import ENVIRONMENT, SCRIPT, TORCHRUN, changed, run, shaped, val_losses
+from test_main import SCRIPT, TORCHRUN, changed, run, shaped, val_losses
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train_gpt
@@ -146,12 +147,7 @@ def test_training_from_a_graph(tmp_path):
     alone = val_losses(run(flags, script=changed_script).stdout)
     environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
     for ranks in (1, 2):
-        done = subprocess.run(
-            [*TORCHRUN, f"--nproc_per_node={ranks}", str(script), *flags],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
+        done = forked([script, *flags], ranks_of(ranks), environment)
         assert done.returncode == 0, done.stderr
         s, replays = parse_settings(flags), []
         for step in range(s.total_steps):
@@ -252,9 +248,8 @@ def test_a_group_of_one(tmp_path):
     flags = [*tiny_flags(tmp_path), "--val_loss_every=4", "--save_every=3"]
     alone = val_losses(run(flags).stdout)
     odd, _ = sorted((tmp_path / "logs").glob("*.pt"))  # 15 of 20 steps, with gradients for Adam
-    command = [*TORCHRUN, "--nproc_per_node=1", str(script), *flags, f"--resume={odd}"]
     environment = ENVIRONMENT | {"PYTHONPATH": str(SCRIPT.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = forked([script, *flags, f"--resume={odd}"], ranks_of(1), environment)
     found = val_losses(done.stdout)
     assert done.returncode == 0 and len(found) == 2 and found == alone[-2:], (alone, done.stdout, done.stderr)
 
