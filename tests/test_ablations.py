@@ -3,12 +3,12 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from shards import tiny_flags
+from starts import forked, ranks_of
 
 import train_gpt
 
@@ -65,7 +65,6 @@ def test_patches_are_small_and_leave_the_machine_alone(patch):
 PROGRAM = """
 import json, sys, torch, train_gpt
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 class Noisy(train_gpt.GPT):
     def __init__(self, *args):
@@ -86,27 +85,21 @@ def two_steps(flags, world):
     trainer.wait()
     return losses, {name: not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters()}
 
-def both(rank, entries):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-    for flags in entries:
-        alone = two_steps(flags, train_gpt.World()) if rank == 0 else None
-        together = two_steps(flags, train_gpt.World(rank, 2))
-        if rank == 0:
-            print(json.dumps([alone, together]), flush=True)
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    mp.spawn(both, (json.loads(sys.argv[1]),), nprocs=2)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for flags in json.loads(sys.argv[1]):
+    alone = two_steps(flags, train_gpt.World()) if rank == 0 else None
+    together = two_steps(flags, train_gpt.World(rank, 2))
+    if rank == 0:
+        print(json.dumps([alone, together]))
+dist.destroy_process_group()
 """
 
 
 def train_two_steps(folder, script, entries):
     """For each list of flags, in one and in two processes: losses of steps and a validation, what moved."""
     (folder / "train_gpt.py").write_text(script)
-    (folder / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "program.py", json.dumps(entries), str(folder / "join")]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
+    done = forked(["-c", PROGRAM, json.dumps(entries)], ranks_of(2), folder=folder, timeout=250)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from shards import tiny_flags
+from starts import server
 from torch import nn
 
 import train_gpt
@@ -276,7 +277,8 @@ def test_shards_give_what_one_process_gives(tmp_path, size):
         for results, ranks in ((alone, 1), (together, size)):
             folder = tmp_path / f"ranks{ranks}"
             folder.mkdir()
-            mp.spawn(_step_sharded, (ranks, folder, flags, results), nprocs=ranks)
+            arguments = (ranks, folder, flags, results)
+            mp.start_processes(_step_sharded, arguments, ranks, start_method=server().get_start_method())
         for rank in range(size):
             pairs = zip(alone[0], together[rank], strict=True)
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
