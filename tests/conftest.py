@@ -87,3 +87,8 @@ def _rounded(self, source, kind, mode):
 
 InterpreterBuilder.create_fp_to_fp = _rounded
 InterpreterBuilder.create_dot = lambda self, a, b, d, *rest: _dot(self, _widened(a), _widened(b), d, *rest)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that workers that share tests out end together."""
+    items.sort(key=lambda item: item.path.name != "test_worlds.py")
