@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import pty
+import random
 import re
 import select
 import shlex
@@ -535,6 +536,28 @@ def test_environment(monkeypatch, change):
     for name in list(GOOD)[:4]:
         monkeypatch.delenv(name)
     assert train_gpt.read_environment() == Launch()
+
+
+def test_random_environments(monkeypatch):
+    """Each of 200 is read as it stands, or refused in one line; nothing else is raised."""
+    rng, read, refused_ones = random.Random(1), 0, 0
+    values = [*"023505", None, "", "-1", "1.5", "\u0663", "b"]
+    for _ in range(200):
+        found = {name: text if rng.random() < 0.8 else rng.choice(values) for name, text in GOOD.items()}
+        for name, text in found.items():
+            monkeypatch.delenv(name, raising=False)
+            if text is not None:
+                monkeypatch.setenv(name, text)
+        try:
+            launch = train_gpt.read_environment()
+        except UsageError as error:
+            refused_ones += 1
+            assert "\n" not in str(error) and f"RANK={found['RANK']!a}" in str(error)
+        else:
+            read += 1
+            assert list(map(str, launch[:4])) == list(found.values())[:4]
+            assert launch.rank < launch.size >= launch.local_size > launch.local_rank
+    assert read > 50 and refused_ones > 50, (read, refused_ones)
 
 
 @pytest.mark.parametrize("address", ["no.such.host.invalid", "a..b", "256.256.256.256"])

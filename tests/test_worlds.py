@@ -593,7 +593,7 @@ def test_random_settings(tmp_path, monkeypatch):
     ]
     trained, refused, refusals = 0, 0, set()
     rng = random.Random(1)
-    while trained + refused < 250:
+    while trained + refused < 500:
         changes = [f"--{f.name}={draw(f.type, rng)}" for f in rng.sample(fields, rng.randint(1, 3))]
         try:
             s = parse_settings([*base, *changes])
