@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install what is missing, fetch what is missing, train.
 #   ./run.sh [--nproc=N] [--name=value ...]   train: FineWeb on all GPUs, or the small sample where there is none
+#   ./run.sh --record=NAME [...]              the same with a record's script, as records/README.md names them
 #   ./run.sh test [pytest arguments]          run the tests; SCRIPT=idea.py ./run.sh test: those of another script
 #   ./run.sh record COMMAND ...               make, prove and draw records: records/record.py
 set -euo pipefail
@@ -66,13 +67,20 @@ if [ "${1:-}" = record ]; then
   exec .venv/bin/python records/record.py "$@"
 fi
 
-nproc= own_data= arguments=()
+script=train_gpt.py nproc= own_data= arguments=()
 for argument in "$@"; do
   case "$argument" in
     --nproc=*)
       nproc=${argument#--nproc=}
       [[ $nproc =~ ^[1-9][0-9]{0,2}$ ]] || die "$argument: give a number of processes, at least 1 and at most 999" ;;
     --nproc) die "--nproc needs an equals sign before its number: --nproc=2" ;;
+    --record=*)
+      script=
+      for folder in records records/proxy; do
+        record=$folder/${argument#--record=}/train_gpt.py
+        [ ! -f "$record" ] || script=$record
+      done
+      [ -n "$script" ] || die "$argument: there is no such record; records/README.md lists them" ;;
     *) arguments+=("$argument") ;;
   esac
   case "$argument" in
@@ -98,6 +106,6 @@ esac
 
 [ -n "$nproc" ] || nproc=$(( gpus > 1 ? gpus : 1 ))
 if [ "$nproc" = 1 ]; then
-  exec .venv/bin/python train_gpt.py ${arguments[@]+"${arguments[@]}"}
+  exec .venv/bin/python "$script" ${arguments[@]+"${arguments[@]}"}
 fi
-exec .venv/bin/python -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt.py ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/python -m torch.distributed.run --standalone --nproc_per_node="$nproc" "$script" ${arguments[@]+"${arguments[@]}"}

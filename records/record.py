@@ -20,6 +20,8 @@ once, as train_gpt.py, and each log begins with a line that names it instead:
 
     script: train_gpt.py sha256:<hex>
 
+What a record raced, its script and its logs, lies below that in baseline/, and belongs to no other group.
+
 This tool never imports torch.
 """
 
@@ -52,7 +54,9 @@ ROOT = RECORDS.parent
 TARGET = 3.28  # nats a token
 SIGNIFICANT = 0.01  # p of a claim is below this
 TARGET_TOKENS = "10485760"  # of FineWeb's validation shard, on which the target is meant
+TOLERANCE = 0.001  # nats by which a record's mean loss may lie above its baseline's and still count as equal
 SCRIPT_NAME = "train_gpt.py"
+BASELINE = "baseline"  # the folder in a record's that holds what it raced
 
 
 class UsageError(Exception):
@@ -157,14 +161,20 @@ def is_log_file(path: Path) -> bool:
 
 
 def logs_below(top: Path) -> dict[Path, list[Path]]:
-    """The .txt and .log files of a folder and of those below it, but for hidden ones, by their folder."""
+    """The .txt and .log files of a folder and of those below it, by their folder.
+
+    Hidden folders are left out, and of a record that of its baseline, unless it is the one that is named.
+    """
     found = {}
     seen = set()  # links may lead round in a ring
     for root, folders, names in os.walk(
         top, onerror=lambda error: tell(f"left out: {error.filename}: {error.strerror}"), followlinks=True
     ):
         real = os.path.realpath(root)
-        folders[:] = sorted(name for name in folders if real not in seen and not name.startswith("."))
+        left_out = BASELINE if "logs" in folders and SCRIPT_NAME in names else None
+        folders[:] = sorted(
+            name for name in folders if real not in seen and not name.startswith(".") and name != left_out
+        )
         logs = sorted(filter(is_log_file, (Path(root, name) for name in names)))
         if logs and real not in seen:
             found[Path(root)] = logs
@@ -578,24 +588,27 @@ def pair_rows(pairs: list[tuple[str, Run, Run]]) -> list[list[str]]:
     return rows
 
 
-def print_difference(
+def difference_of(
     name: str, unit: str, digits: int, a: list[float], b: list[float], pairs: list[tuple[float, float]]
-) -> tuple[float, float, float]:
-    """Print how far b is from a: by Welch's test of the means and, of several pairs, by their differences.
+) -> tuple[tuple[float, float, float], list[str]]:
+    """How far b is from a: by Welch's test of the means and, of several pairs, by their differences.
 
-    Returns a difference and the bounds of its 95 % interval: the pairs' if one side lies in them whole.
+    Returns a difference and the bounds of its 95 % interval, the pairs' if one side lies in them whole; and
+    a line for each test.
     """
     from scipy.stats import t, ttest_ind
 
+    lines = []
+
     def show(kind: str, difference: tuple[float, float, float], test: str):
         mean, low, high = (f"{value:+.{digits}f}" for value in difference)
-        print(f"{name}, B - A{kind}: {mean} {unit}, 95 % interval {low} to {high}, {test}")
+        lines.append(f"{name}, B - A{kind}: {mean} {unit}, 95 % interval {low} to {high}, {test}")
 
     test = ttest_ind(b, a, equal_var=False)
     welch = (statistics.fmean(b) - statistics.fmean(a), *test.confidence_interval(0.95))
     show("", welch, f"Welch p {test.pvalue:.4f}")
     if len(pairs) < 2:
-        return welch
+        return welch, lines
     changes = [after - before for before, after in pairs]
     mean, std = mean_and_std(changes)
     error = std / math.sqrt(len(pairs))
@@ -604,7 +617,7 @@ def print_difference(
     p = probability(changes, 0, "two-sided")
     test = f"standard error {error:.{digits}f}, paired t-test p {p:.4f}"
     show(f", {len(pairs)} pairs of equal seed", paired, test)
-    return paired if len(pairs) == min(len(a), len(b)) else welch
+    return paired if len(pairs) == min(len(a), len(b)) else welch, lines
 
 
 def verdict(difference: tuple[float, float, float], below: str, above: str, neither: str) -> str:
@@ -613,6 +626,19 @@ def verdict(difference: tuple[float, float, float], below: str, above: str, neit
     if high < 0:
         return below
     return above if low > 0 else neither
+
+
+def differences(a: Summary, b: Summary, pairs: list[tuple[str, Run, Run]]) -> list[str]:
+    """Lines on what B differs from A by in loss and in time, and what that shows."""
+    trained = [(x.loss, y.loss) for _, x, y in pairs]
+    losses, lines = difference_of("losses", "nats", 5, a.losses, b.losses, trained)
+    quality = verdict(losses, "its loss is better", "its loss is worse", "no difference in loss is shown")
+    if len(a.times) < 2 or len(b.times) < 2:
+        return [*lines, "These logs hold no times, so nothing can be said of speed."]
+    timed = [(x.seconds, y.seconds) for _, x, y in pairs if None not in (x.seconds, y.seconds)]
+    times, more = difference_of("times", "s", 4, a.times, b.times, timed)
+    speed = verdict(times, "B is faster", "B is slower", "Neither is shown to be faster")
+    return [*lines, *more, f"{speed} ({times[0]:+.4f} s), and {quality}."]
 
 
 def compare(arguments) -> int:
@@ -629,19 +655,9 @@ def compare(arguments) -> int:
             f" (p {s.p:.4f}){spent}"
         )
     print_machines(*sets)
-    pairs = pairs_by_seed(*sets)
-    if pairs:
+    if pairs := pairs_by_seed(*sets):
         print(aligned(pair_rows(pairs)))
-    trained = [(x.loss, y.loss) for _, x, y in pairs]
-    losses = print_difference("losses", "nats", 5, a.losses, b.losses, trained)
-    quality = verdict(losses, "its loss is better", "its loss is worse", "no difference in loss is shown")
-    if len(a.times) < 2 or len(b.times) < 2:
-        print("These logs hold no times, so nothing can be said of speed.")
-    else:
-        timed = [(x.seconds, y.seconds) for _, x, y in pairs if None not in (x.seconds, y.seconds)]
-        times = print_difference("times", "s", 4, a.times, b.times, timed)
-        speed = verdict(times, "B is faster", "B is slower", "Neither is shown to be faster")
-        print(f"{speed} ({times[0]:+.4f} s), and {quality}.")
+    print("\n".join(differences(a, b, pairs)))
     reasons = [off_target(settings_in(read_head(runs[0].path)[1])) for runs in sets]
     for reason in dict.fromkeys(filter(None, reasons)):
         print(f"This says nothing about FineWeb: {reason}.")
@@ -1311,14 +1327,14 @@ class Draft:
     def settings(self) -> dict[str, str]:
         return settings_in(self.head)
 
-    @property
-    def names(self) -> list[str]:
-        """The names under which the record keeps the logs: their own, and another where that is taken."""
-        names = []
-        for path in (run.path for run in self.runs):
-            more = (f"{path.stem}-{i}{path.suffix}" for i in itertools.count(2))
-            names.append(next(name for name in itertools.chain([path.name], more) if name not in names))
-        return names
+
+def kept_names(runs: list[Run]) -> list[str]:
+    """The names under which a record keeps logs: their own, and another where that is taken."""
+    names = []
+    for path in (run.path for run in runs):
+        more = (f"{path.stem}-{i}{path.suffix}" for i in itertools.count(2))
+        names.append(next(name for name in itertools.chain([path.name], more) if name not in names))
+    return names
 
 
 def draft_record(paths: list[str]) -> Draft:
@@ -1355,14 +1371,15 @@ def new(arguments) -> int:
         raise UsageError(f"{folder}: exists already; give another name, or remove it") from None
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made ({error.strerror})") from None
-    keep_runs(draft, folder)
+    keep_runs(draft.runs, draft.script, folder, folder / "logs")
     drawn, _ = draw_curves({arguments.name: draft.runs}, None if off_target(draft.settings) else TARGET)
     save(drawn, folder / "curves.png")
-    kept = None
+    kept, baseline = None, []
     if before and not Path(against).resolve().is_relative_to(records.resolve()):
-        kept = folder / "against" / SCRIPT_NAME
-        kept.parent.mkdir()
-        kept.write_text(before.script + "\n")
+        kept = folder / BASELINE
+        kept.mkdir()
+        baseline = [] if against.endswith(".py") else runs_of(against, before.script)
+        keep_runs(baseline, before.script, kept, kept)
     shown = os.path.relpath(folder, records / "..")
     parts = [
         f"# {arguments.what or arguments.name}",
@@ -1370,6 +1387,7 @@ def new(arguments) -> int:
         arguments.note,
         "![validation loss against steps and time](curves.png)",
         *describe_rerun(draft, shown),
+        *describe_race(baseline, draft.runs),
         *describe_change(draft, shown, against, before, kept),
         *describe_statistics(draft),
     ]
@@ -1383,12 +1401,37 @@ def newest_record(records: Path) -> str | None:
     return next((str(record.folder) for record in read_records(records) if not record.reported), None)
 
 
-def keep_runs(draft: Draft, folder: Path):
-    """Write the script once, and the logs with a line that names it in the place of its source."""
-    script = (draft.script + "\n").encode()
-    (folder / SCRIPT_NAME).write_bytes(script)
-    for run, name in zip(draft.runs, draft.names, strict=True):
-        (folder / "logs" / name).write_bytes(archive(run.path.read_bytes(), script))
+def keep_runs(runs: list[Run], script: str, folder: Path, logs: Path):
+    """Keep a script and its runs' logs, in which a line that names it stands in the place of its source."""
+    source = (script + "\n").encode()
+    (folder / SCRIPT_NAME).write_bytes(source)
+    for run, name in zip(runs, kept_names(runs), strict=True):
+        (logs / name).write_bytes(archive(run.path.read_bytes(), source))
+
+
+def runs_of(path: str, script: str) -> list[Run]:
+    """The finished runs of a script in a log or below a folder; raises UsageError unless of one length."""
+    groups = read_runs(find_logs([path])).values()
+    runs = [run for run in itertools.chain.from_iterable(groups) if read_head(run.path)[0] == script]
+    if len({run.steps for run in runs}) > 1:
+        raise UsageError(f"{path}: runs of different lengths; name the logs of one length")
+    return runs
+
+
+def describe_race(baseline: list[Run], runs: list[Run]) -> list[str]:
+    """The paragraphs that compare a record, B, with what it raced, A; none without pairs of equal seed."""
+    pairs = pairs_by_seed(baseline, runs)
+    if not pairs:
+        return []
+    a, b = (summarize(side, TARGET) for side in (baseline, runs))
+    text = f"A: {a.runs} runs of {a.steps} steps in `{BASELINE}/`; B: the {b.runs} of this record."
+    lines = differences(a, b, pairs) if min(a.runs, b.runs) > 1 else []
+    if a.times and b.times:
+        reached = b.loss_mean <= a.loss_mean + TOLERANCE
+        level = "at or below" if reached else "**above**"
+        share = b.time_mean / a.time_mean
+        lines.append(f"B's mean loss is {level} A's plus {TOLERANCE:g}, after {share:.3f} of A's time.")
+    return ["## Race", text, markdown(pair_rows(pairs)), "\n".join(f"- {line}" for line in lines)]
 
 
 def describe_result(draft: Draft) -> list[str]:
@@ -1423,16 +1466,16 @@ def describe_rerun(draft: Draft, shown: str) -> list[str]:
 def describe_change(
     draft: Draft, shown: str, against: str | None, before: Source | None, kept: Path | None
 ) -> list[str]:
-    """The paragraphs on what changed since another record, given its name, its script and a copy of it."""
+    """The paragraphs on what changed since another record: its name, its script, the folder of its copy."""
     if before is None:
         return ["## What changed", "This is the first record here, so it is compared with none."]
     name = os.path.relpath(against, ROOT) if Path(against).is_relative_to(ROOT) else against
     of = ""
     other = name
     if kept:
-        other = f"{shown}/against/{SCRIPT_NAME}"
-        commit = commit_of(kept)
-        of = f", whose script is `against/{SCRIPT_NAME}`" + (f" (commit `{commit}`)" if commit else "")
+        other = f"{shown}/{BASELINE}/{SCRIPT_NAME}"
+        commit = commit_of(kept / SCRIPT_NAME)
+        of = f", whose script is `{BASELINE}/{SCRIPT_NAME}`" + (f" (commit `{commit}`)" if commit else "")
     changes = f"Against `{name}`{of}: {summarize_diff(before.script, draft.script)}."
     parts = ["## What changed", f"{changes} All of it: `./run.sh record diff {other} {shown}`."]
     if lines := changed_experiment(before.settings, draft.settings):
@@ -1443,7 +1486,7 @@ def describe_change(
 def describe_statistics(draft: Draft) -> list[str]:
     """The paragraphs with the figures of the runs and of their machine."""
     rows = [["log", "seed", "loss", "time s"]]
-    for run, name in zip(draft.runs, draft.names, strict=True):
+    for run, name in zip(draft.runs, kept_names(draft.runs), strict=True):
         rows.append([name, seed_of(run) or "-", number(run.loss), number(run.seconds, 3)])
     parts = ["## Statistics", markdown(stats_rows([draft.summary])), markdown(rows)]
     machine, _ = machine_of(draft.head)

@@ -59,7 +59,9 @@ def project(tmp_path):
         write_program(folder / "inside", INSIDE.format(gpus=gpus))
         if (folder / ".venv" / "bin").exists():
             shutil.copy(folder / "inside", folder / ".venv" / "bin" / "python")
-        environment = os.environ | {"PATH": f"{folder / 'path'}:{os.environ['PATH']}"} | variables
+        environment = os.environ | {"PATH": f"{folder / 'path'}:{os.environ['PATH']}"}
+        environment.pop("SCRIPT", None)  # these tests may be of another script
+        environment |= variables
         return subprocess.Popen(
             ["bash", str(script), *arguments],
             stdout=subprocess.PIPE,
@@ -190,6 +192,26 @@ def test_script_stands_in_for_train_gpt(tmp_path):
 
 def test_record(project):
     assert project(0, "record", "stats", "logs")[1] == ["python records/record.py stats logs"]
+
+
+def test_a_record(project, tmp_path):
+    """Its script runs with the flags, on one GPU or several; one that is not there is refused."""
+    folder = tmp_path / "project" / "records" / "proxy" / "2026-01-01_idea"
+    folder.mkdir(parents=True)
+    (folder / "train_gpt.py").touch()
+    script = "records/proxy/2026-01-01_idea/train_gpt.py"
+    _, told = project(0, "--record=2026-01-01_idea", "--seed=7")
+    assert told == [SAMPLE[0], f"python {script} --preset=sample --seed=7"]
+    _, told = project(2, "--record=2026-01-01_idea", "--preset=sample")
+    assert told[-1] == f"{TORCHRUN} --nproc_per_node=2 {script} --preset=sample"
+    folder.rename(tmp_path / "project" / "records" / "2026-02-02_claim")
+    assert project(0, "--record=2026-02-02_claim")[1][-1].startswith(
+        "python records/2026-02-02_claim/train_gpt"
+    )
+    for name in ("2026-01-01_idea", "", "."):
+        done, told = project(0, f"--record={name}")
+        refused(done, f"--record={name}: there is no such record")
+        assert not told
 
 
 def test_a_link_to_it(project, tmp_path):
