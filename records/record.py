@@ -1460,7 +1460,8 @@ def describe_rerun(draft: Draft, shown: str) -> list[str]:
     flags = arguments_in(draft.head) or []
     command = shlex.join([*start, f"{shown}/{SCRIPT_NAME}", *flags])
     text = "From the project's folder, with a `--seed` of your own:"
-    return ["## Run it again", text, f"```\n{command}\n```"]
+    name = f"`./run.sh --record={Path(shown).name}` trains by this script on what data there is."
+    return ["## Run it again", text, f"```\n{command}\n```", name]
 
 
 def describe_change(

@@ -473,7 +473,7 @@ def test_visible_gpus(monkeypatch):
 
 
 def test_new_keeps_the_other_side(racers):
-    """Its script, with the commit that it is of: the page's diff works where the race's logs are not."""
+    """Its script, with the commit that it is of, and its logs: what the page says works without the race."""
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
     for command in (["init", "-q"], ["add", "a.py"], ["commit", "-qm", "a"]):
         subprocess.run([*git, *command], check=True)
@@ -485,23 +485,35 @@ def test_new_keeps_the_other_side(racers):
     refused(*command, says="keep them with --unproven")
     succeeded(*command, "--unproven")
     folder = the_record(racers / "records", "b").relative_to(racers)
-    assert (folder / "against" / "train_gpt.py").read_text() == (racers / "a.py").read_text()
+    assert (folder / "baseline" / "train_gpt.py").read_text() == (racers / "a.py").read_text()
     text = (folder / "README.md").read_text()
     assert (
-        f"Against `logs/race/a`, whose script is `against/train_gpt.py` (commit `{commit}`): +1 -1 lines"
+        f"Against `logs/race/a`, whose script is `baseline/train_gpt.py` (commit `{commit}`): +1 -1 lines"
         in text
     )
     assert (
         "**no claim to the target**" in text
         and "the small sample model's losses compare only with each other" in text
     )
+    table = succeeded("compare", "logs/race/a", "logs/race/b")
     shutil.rmtree("logs")
+    assert succeeded("compare", folder / "baseline", folder) == table
+    means = next(line for line in table.splitlines() if line.startswith("mean"))
+    assert f"| {' | '.join(means.split())} |" in text
+    assert "- B's mean loss is at or below A's plus 0.001, after 0.8" in text
+    own = succeeded("stats", folder)  # the baseline's are another group
+    assert own == succeeded("stats", folder / "logs") != succeeded("stats", folder / "baseline")
     shown = re.search(r"`\./run\.sh record (diff [^`]+)`", text)[1]
     assert "+LOSS, TIME = 3.279, 8000" in succeeded(*shown.split())
     succeeded(
         "new", "c", folder, "--records=records", "--unproven"
     )  # against a record, which is there for all
-    assert not (the_record(racers / "records", "c") / "against").exists()
+    again = the_record(racers / "records", "c")
+    assert not (again / "baseline").exists() and "## Race" not in (again / "README.md").read_text()
+    succeeded("new", "d", folder, "--records=records", "--unproven", "--against=a.py")  # a script alone
+    last = the_record(racers / "records", "d")
+    assert [path.name for path in (last / "baseline").iterdir()] == ["train_gpt.py"]
+    assert "## Race" not in (last / "README.md").read_text()
 
 
 def test_race_refuses(tmp_path):
