@@ -1372,14 +1372,15 @@ def new(arguments) -> int:
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made ({error.strerror})") from None
     keep_runs(draft.runs, draft.script, folder, folder / "logs")
-    drawn, _ = draw_curves({arguments.name: draft.runs}, None if off_target(draft.settings) else TARGET)
-    save(drawn, folder / "curves.png")
     kept, baseline = None, []
     if before and not Path(against).resolve().is_relative_to(records.resolve()):
         kept = folder / BASELINE
         kept.mkdir()
         baseline = [] if against.endswith(".py") else runs_of(against, before.script)
         keep_runs(baseline, before.script, kept, kept)
+    sets = {BASELINE: baseline, arguments.name: draft.runs} if baseline else {arguments.name: draft.runs}
+    drawn, _ = draw_curves(sets, None if off_target(draft.settings) else TARGET)
+    save(drawn, folder / "curves.png")
     shown = os.path.relpath(folder, records / "..")
     parts = [
         f"# {arguments.what or arguments.name}",

@@ -1,0 +1,113 @@
+"""The newest record in records/proxy: on one and two processes, resumed, and its fused versions."""
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from shards import tiny_flags
+from test_main import run, val_losses
+
+SCRIPT = Path(__file__).parent.parent / "records" / "proxy" / "2026-11-29_small-batches" / "train_gpt.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The record's script as a module."""
+    spec = importlib.util.spec_from_file_location("small_batches", SCRIPT)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # its dataclasses look there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_worlds_and_resume(tmp_path):
+    """Two processes and one, which goes on from a checkpoint of theirs, train alike through every stage."""
+    flags = [*tiny_flags(tmp_path), "--sampled_classes=250", "--num_scheduled_iterations=12"]
+    flags += ["--num_extension_iterations=2", "--val_loss_every=2"]
+    alone = val_losses(run(flags, script=SCRIPT).stdout)
+    together = run([*flags, "--save_every=7"], ranks=2, script=SCRIPT)
+    assert len(alone) == 8 and val_losses(together.stdout) == pytest.approx(alone, abs=2e-4), together.stderr
+    (early,) = (tmp_path / "logs").glob("*.step7.pt")  # the head is untied at step 8, and sampled up to 10
+    resumed = val_losses(run([*flags, f"--resume={early}"], script=SCRIPT).stdout)
+    assert resumed == pytest.approx(alone[-4:], abs=2e-4)
+    for change in ("--sampled_frac=0", "--late_attention=-1", "--batch_stages=2"):
+        assert val_losses(run([*flags, change], script=SCRIPT).stdout)[-1] != pytest.approx(
+            alone[-1], abs=2e-4
+        )
+
+
+def test_settings(script):
+    for text in ("", "0", "1,,2", "1,a", "100", "1.5"):
+        with pytest.raises(script.UsageError, match="--batch_stages: cannot read"):
+            script.parse_settings([f"--batch_stages={text}"])
+    s = script.parse_settings(["--num_scheduled_iterations=9", "--num_extension_iterations=1"])
+    tokens = [script.step_shape(step, s).tokens for step in range(10)]
+    assert tokens == [131_072] * 3 + [262_144] * 3 + [393_216] * 4
+    assert script.learning_rate_scale(0, s) == 1 and script.learning_rate_scale(3, s) == 2**0.5
+    assert [script.step_inputs(step, s).tied for step in (5, 6)] == [True, False]
+    assert [script.step_inputs(step, s).sampled for step in (7, 8)] == [True, False]
+
+
+@pytest.mark.parametrize("T", [83, 128])
+@pytest.mark.parametrize("offset", [True, False])
+def test_attention(script, T, offset):
+    """The fused version, with and without offset keys, has the definition's output and gradients."""
+    torch.manual_seed(T)
+    C, H = 64, 2
+    rotary, index = script.Rotary(C // H, T, torch.float32), torch.arange(T, dtype=torch.int32)
+    mask = script.Mask((index - 30).clamp(min=0), (index + 30).clamp(max=T - 1))
+    shapes = {"x": (T, C), "h": (T, C), "qkvo": (C, 4 * C), "gate": (H, 12), "lambdas": (4,), "ve": (T, C)}
+    given = {name: torch.randn(shape) * (C**-0.5 if name == "qkvo" else 1) for name, shape in shapes.items()}
+    dy, found = torch.randn(T, C), []
+    for fused in (False, True):
+        p = {name: value.clone().requires_grad_() for name, value in given.items()}
+        x, weights = p["x"] * 1, {name: p[name] for name in ("qkvo", "gate", "lambdas")}
+        if fused:
+            weights = {name: script.Weight(w.detach(), torch.zeros_like(w)) for name, w in weights.items()}
+        attend = script.attention_fused_ if fused else script.attention_.definition
+        y = attend(x, p["h"], *weights.values(), p["ve"], rotary, mask, offset)
+        y.backward(dy)
+        grads = [weights[name].grad if name in weights else p[name].grad for name in shapes]
+        found.append([y.detach(), *grads])
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("T, V", [(36, 300), (40, 128)])
+def test_loss_with_a_bias(script, T, V):
+    torch.manual_seed(V)
+    z, targets, bias = 8 * torch.randn(T, V), torch.randint(V, (T,), dtype=torch.int32), 2 * torch.rand(V)
+    bias[targets.long()] = 0
+    dloss, found = torch.rand(T), []
+    for loss_of in (script.softcapped_cross_entropy.definition, script.softcapped_cross_entropy_fused):
+        logits = z.clone().requires_grad_()
+        loss = loss_of(logits, targets, bias)
+        loss.backward(dloss)
+        found.append((loss.detach(), logits.grad))
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    _, lse = script.cross_entropy_forward(z, targets, False, bias)
+    dz, dzt = script.cross_entropy_backward(z, targets, lse, dloss, True, bias)
+    wanted = found[0][1]
+    assert (dz.float() * script.GRAD_SCALE - wanted).norm() < 0.06 * wanted.norm()  # e5m2 has two bits
+    assert torch.equal(dz.view(torch.uint8).t(), dzt.view(torch.uint8))
+
+
+def test_sampled_classes(script):
+    """All targets are among them, and in the mean the others' share of the sum stands for all of theirs."""
+    torch.manual_seed(0)
+    size, count = 384, 160
+    weights, sums, drawn = torch.rand(size), [], Counter()
+    for draw in range(400):
+        targets = torch.randint(100, (500,), dtype=torch.int32)
+        classes, places, bias = script.sample_classes(targets, size, count, draw)
+        assert len(classes.unique()) == count and torch.equal(classes[places.long()], targets)
+        assert not bias[places.long()].any()
+        sums.append((weights[classes.long()] * bias.exp()).sum())
+        drawn.update(classes.tolist())
+    assert torch.stack(sums).mean().item() == pytest.approx(weights.sum().item(), rel=0.02)
+    assert len(drawn) == size  # each comes sometimes
+    assert script.sample_classes(targets, size, 90, 1)[2].isnan().any()  # 100 targets
