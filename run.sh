@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install what is missing, fetch what is missing, train.
 #   ./run.sh [--nproc=N] [--name=value ...]   train: FineWeb on all GPUs, or the small sample where there is none
-#   ./run.sh --record=NAME [...]              the same with a record's script, as records/README.md names them
+#   ./run.sh --record=NAME [...]              the same by a record's script, with its defaults
 #   ./run.sh test [pytest arguments]          run the tests; SCRIPT=idea.py ./run.sh test: those of another script
 #   ./run.sh record COMMAND ...               make, prove and draw records: records/record.py
 set -euo pipefail
@@ -76,11 +76,12 @@ for argument in "$@"; do
     --nproc) die "--nproc needs an equals sign before its number: --nproc=2" ;;
     --record=*)
       script=
-      for folder in records records/proxy; do
+      for folder in records/proxy records; do
         record=$folder/${argument#--record=}/train_gpt.py
-        [ ! -f "$record" ] || script=$record
+        [[ $argument = */* || $argument = *=.* || ! -f $record ]] || script=$record
       done
       [ -n "$script" ] || die "$argument: there is no such record; records/README.md lists them" ;;
+    --record) die "--record needs an equals sign before its name: --record=2026-11-29_small-batches" ;;
     *) arguments+=("$argument") ;;
   esac
   case "$argument" in

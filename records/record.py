@@ -171,7 +171,8 @@ def logs_below(top: Path) -> dict[Path, list[Path]]:
         top, onerror=lambda error: tell(f"left out: {error.filename}: {error.strerror}"), followlinks=True
     ):
         real = os.path.realpath(root)
-        left_out = BASELINE if "logs" in folders and SCRIPT_NAME in names else None
+        in_record = SCRIPT_NAME in names and Path(root, BASELINE, SCRIPT_NAME).is_file()
+        left_out = BASELINE if in_record else None
         folders[:] = sorted(
             name for name in folders if real not in seen and not name.startswith(".") and name != left_out
         )
@@ -526,26 +527,25 @@ def machine_differences(a: list[Run], b: list[Run]) -> list[str]:
     ]
 
 
-def print_machines(a: list[Run], b: list[Run]):
-    """Print the calibration of two sets of runs, and whether their machines differ."""
+def machines_compared(a: list[Run], b: list[Run]) -> tuple[list[str], list[str]]:
+    """Lines with the calibration of two sets of runs, and what makes their times hard to compare."""
     a_figures = calibration_of(a)
     b_figures = calibration_of(b)
     for name, figures in (("A", a_figures), ("B", b_figures)):
         if not figures:
-            print(
-                f"The logs of {name} hold no calibration, so a slower machine cannot be told from a slower"
-                " script."
-            )
-            return
-    for name, value in a_figures.items():
-        if name in b_figures:
-            other = b_figures[name]
-            print(f"{name}: A {value:.4g}, B {other:.4g} ({other / value - 1:+.1%})")
-    if differences := machine_differences(a, b):
-        print(
-            f"The machines differ by more than 1 % ({', '.join(differences)}): the times may show the machine"
-            " and not the script."
+            doubt = "so a slower machine cannot be told from a slower script."
+            return [], [f"The logs of {name} hold no calibration, {doubt}"]
+    shared = [(name, value, b_figures[name]) for name, value in a_figures.items() if name in b_figures]
+    lines = [
+        f"{name}: A {value:.4g}, B {other:.4g} ({other / value - 1:+.1%})" for name, value, other in shared
+    ]
+    doubts = []
+    if found := machine_differences(a, b):
+        doubts.append(
+            f"The machines differ by more than 1 % ({', '.join(found)}): the times may show the machine and"
+            " not the script."
         )
+    return lines, doubts
 
 
 def comparable_runs(path: str) -> list[Run]:
@@ -654,7 +654,8 @@ def compare(arguments) -> int:
             f"{name}: {s.runs} runs of {s.steps} steps, loss {s.loss_mean:.4f} ± {s.loss_std:.4f}"
             f" (p {s.p:.4f}){spent}"
         )
-    print_machines(*sets)
+    for line in itertools.chain(*machines_compared(*sets)):
+        print(line)
     if pairs := pairs_by_seed(*sets):
         print(aligned(pair_rows(pairs)))
     print("\n".join(differences(a, b, pairs)))
@@ -1337,18 +1338,25 @@ def kept_names(runs: list[Run]) -> list[str]:
     return names
 
 
-def draft_record(paths: list[str]) -> Draft:
-    """What logs of finished runs give for a record; raises UsageError if they do not belong together."""
+def runs_alike(paths: list[str]) -> list[Run]:
+    """The finished runs of logs; raises UsageError unless they share script, settings and length."""
     groups = read_runs(find_logs(paths))
     if len({steps for _, steps in groups}) > 1:
-        raise UsageError("a record has runs of one length; name the logs of one length")
+        raise UsageError(f"{', '.join(paths)}: runs of different length; name the logs of one length")
     runs = list(itertools.chain.from_iterable(groups.values()))
-    script, head = same_in_all(runs)
+    script, _ = same_in_all(runs)
     if not script:
         raise UsageError(f"{runs[0].path}: holds no script; a record needs logs that begin with theirs")
     if len(groups) > 1:
         parts = ", ".join(f"{len(found)} of {folder}" for (folder, _), found in groups.items())
-        tell(f"runs of one script and one set of settings, so they are one record: {parts}")
+        tell(f"runs of one script and one set of settings, so they are one group: {parts}")
+    return runs
+
+
+def draft_record(paths: list[str]) -> Draft:
+    """What logs of finished runs give for a record; raises UsageError if they do not belong together."""
+    runs = runs_alike(paths)
+    script, head = read_head(runs[0].path)
     summary = summarize(runs, TARGET)
     return Draft(runs, script, head, summary, why_unproven(summary, settings_in(head)))
 
@@ -1363,6 +1371,8 @@ def new(arguments) -> int:
     records = Path(arguments.records)
     against = arguments.against or newest_record(records)
     before = source_of(against) if against else None
+    elsewhere = before and not Path(against).resolve().is_relative_to(records.resolve())
+    baseline = runs_alike([against]) if elsewhere and before.path.suffix != ".py" else []
     name = f"{time.strftime('%Y-%m-%d', time.gmtime())}_{arguments.name}"
     folder = (records / "proxy" if draft.doubt else records) / name
     try:
@@ -1372,11 +1382,10 @@ def new(arguments) -> int:
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made ({error.strerror})") from None
     keep_runs(draft.runs, draft.script, folder, folder / "logs")
-    kept, baseline = None, []
-    if before and not Path(against).resolve().is_relative_to(records.resolve()):
+    kept = None
+    if elsewhere:
         kept = folder / BASELINE
         kept.mkdir()
-        baseline = [] if against.endswith(".py") else runs_of(against, before.script)
         keep_runs(baseline, before.script, kept, kept)
     sets = {BASELINE: baseline, arguments.name: draft.runs} if baseline else {arguments.name: draft.runs}
     drawn, _ = draw_curves(sets, None if off_target(draft.settings) else TARGET)
@@ -1388,7 +1397,7 @@ def new(arguments) -> int:
         arguments.note,
         "![validation loss against steps and time](curves.png)",
         *describe_rerun(draft, shown),
-        *describe_race(baseline, draft.runs),
+        *describe_race(baseline, draft),
         *describe_change(draft, shown, against, before, kept),
         *describe_statistics(draft),
     ]
@@ -1410,29 +1419,22 @@ def keep_runs(runs: list[Run], script: str, folder: Path, logs: Path):
         (logs / name).write_bytes(archive(run.path.read_bytes(), source))
 
 
-def runs_of(path: str, script: str) -> list[Run]:
-    """The finished runs of a script in a log or below a folder; raises UsageError unless of one length."""
-    groups = read_runs(find_logs([path])).values()
-    runs = [run for run in itertools.chain.from_iterable(groups) if read_head(run.path)[0] == script]
-    if len({run.steps for run in runs}) > 1:
-        raise UsageError(f"{path}: runs of different lengths; name the logs of one length")
-    return runs
-
-
-def describe_race(baseline: list[Run], runs: list[Run]) -> list[str]:
-    """The paragraphs that compare a record, B, with what it raced, A; none without pairs of equal seed."""
-    pairs = pairs_by_seed(baseline, runs)
-    if not pairs:
+def describe_race(baseline: list[Run], draft: Draft) -> list[str]:
+    """The paragraphs that compare a record, B, with the runs that it raced, A, if there are any."""
+    if not baseline:
         return []
-    a, b = (summarize(side, TARGET) for side in (baseline, runs))
+    a, b = summarize(baseline, TARGET), draft.summary
     text = f"A: {a.runs} runs of {a.steps} steps in `{BASELINE}/`; B: the {b.runs} of this record."
+    pairs = pairs_by_seed(baseline, draft.runs)
     lines = differences(a, b, pairs) if min(a.runs, b.runs) > 1 else []
     if a.times and b.times:
         reached = b.loss_mean <= a.loss_mean + TOLERANCE
         level = "at or below" if reached else "**above**"
         share = b.time_mean / a.time_mean
         lines.append(f"B's mean loss is {level} A's plus {TOLERANCE:g}, after {share:.3f} of A's time.")
-    return ["## Race", text, markdown(pair_rows(pairs)), "\n".join(f"- {line}" for line in lines)]
+    lines += machines_compared(baseline, draft.runs)[1]
+    table = [markdown(pair_rows(pairs))] if pairs else []
+    return ["## Race", text, *table, "\n".join(f"- {line}" for line in lines)]
 
 
 def describe_result(draft: Draft) -> list[str]:
@@ -1458,11 +1460,11 @@ def describe_rerun(draft: Draft, shown: str) -> list[str]:
     """The paragraphs with the command that runs the record again."""
     _, processes = machine_of(draft.head)
     start = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
-    flags = arguments_in(draft.head) or []
-    command = shlex.join([*start, f"{shown}/{SCRIPT_NAME}", *flags])
+    flags = {flag.split("=")[0]: flag for flag in arguments_in(draft.head) or []}  # the last of a name counts
+    command = shlex.join([*start, f"{shown}/{SCRIPT_NAME}", *flags.values()])
     text = "From the project's folder, with a `--seed` of your own:"
-    name = f"`./run.sh --record={Path(shown).name}` trains by this script on what data there is."
-    return ["## Run it again", text, f"```\n{command}\n```", name]
+    defaults = f"With its defaults, on FineWeb or the sample: `./run.sh --record={Path(shown).name}`."
+    return ["## Run it again", text, f"```\n{command}\n```", defaults]
 
 
 def describe_change(

@@ -501,6 +501,10 @@ def test_new_keeps_the_other_side(racers):
     means = next(line for line in table.splitlines() if line.startswith("mean"))
     assert f"| {' | '.join(means.split())} |" in text
     assert "- B's mean loss is at or below A's plus 0.001, after 0.8" in text
+    assert (
+        "- The logs of A hold no calibration, so a slower machine cannot be told from a slower script."
+        in text
+    )
     own = succeeded("stats", folder)  # the baseline's are another group
     assert own == succeeded("stats", folder / "logs") != succeeded("stats", folder / "baseline")
     shown = re.search(r"`\./run\.sh record (diff [^`]+)`", text)[1]
@@ -514,6 +518,38 @@ def test_new_keeps_the_other_side(racers):
     last = the_record(racers / "records", "d")
     assert [path.name for path in (last / "baseline").iterdir()] == ["train_gpt.py"]
     assert "## Race" not in (last / "README.md").read_text()
+
+
+def test_new_refuses_a_baseline_that_is_not_one(tmp_path):
+    """Of several lengths, settings or scripts, or unfinished: one line, and no folder that is in the way."""
+    write_runs(tmp_path / "b", [3.2, 3.21], [1, 2], settings=f"x=1\n{TASK}")
+    write_runs(tmp_path / "lengths", [3.3], [3], settings=f"x=1\n{TASK}", steps=7)
+    write_runs(tmp_path / "lengths" / "more", [3.31], [3], settings=f"x=1\n{TASK}")
+    for i, folder in enumerate(("settings", "settings/more")):
+        write_runs(tmp_path / folder, [3.3 + i / 100], [3], settings=f"x={i}\n{TASK}")
+        write_runs(tmp_path / folder.replace("settings", "scripts"), [3.4 + i / 100], [3], script=f"x = {i}")
+    write_runs(tmp_path / "unfinished", [3.3], [3])
+    log = tmp_path / "unfinished" / "0.txt"
+    log.write_text(log.read_text().rpartition("step:2225")[0])
+    for name, says in (
+        ("lengths", "of different length"),
+        ("settings", "other settings than"),
+        ("scripts", "another script than"),
+        ("unfinished", "no finished run"),
+    ):
+        against = f"--against={tmp_path / name}"
+        refused(
+            "new", "n", tmp_path / "b", against, "--unproven", f"--records={tmp_path / 'records'}", says=says
+        )
+        assert not (tmp_path / "records").exists(), name
+
+
+def test_a_folder_named_baseline(tmp_path):
+    """Outside of a record it is a folder like others."""
+    write_runs(tmp_path / "logs", [3.2, 3.21], [1, 2])
+    write_runs(tmp_path / "baseline", [3.3, 3.31], [1, 2])
+    (tmp_path / "train_gpt.py").touch()
+    assert "3.3000" in succeeded("stats", tmp_path)
 
 
 def test_race_refuses(tmp_path):
@@ -808,7 +844,7 @@ def test_new_keeps_logs_of_one_name(tmp_path):
     b = write_runs(tmp_path / "b", [3.272, 3.273], [3, 4], settings=f"seed=2\n{TASK}")
     write_runs(b / "deeper", [3.274], [5], settings=f"seed=3\n{TASK}")
     done = tool("new", "both", a, b, a / "0.txt", f"--records={tmp_path}/records")
-    assert f"one record: 2 of {a}, 2 of {b}, 1 of {b}/deeper\n" in done.stderr
+    assert f"one group: 2 of {a}, 2 of {b}, 1 of {b}/deeper\n" in done.stderr
     folder = the_record(tmp_path / "records", "both")
     names = ["0-2.txt", "0-3.txt", "0.txt", "1-2.txt", "1.txt"]
     assert sorted(path.name for path in (folder / "logs").iterdir()) == names
@@ -876,15 +912,20 @@ KEPT = sorted([*TOOL.parent.glob("2*"), *TOOL.parent.glob("proxy/2*")])
 @pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
 def test_kept_records_are_whole(folder):
     """Each log names the script beside it, which it does not repeat, and shows a run of it."""
-    script = (folder / "train_gpt.py").read_bytes()
-    logs = sorted((folder / "logs").iterdir())
-    assert logs and is_png(folder / "curves.png", 1000)
-    for log in logs:
-        assert log.read_text().startswith(
-            f"script: train_gpt.py sha256:{hashlib.sha256(script).hexdigest()}\n{LINE}"
-        )
-        assert isinstance(record.read_run(log), record.Run)
-        assert record.read_head(log)[0] == script.decode().strip()
+    assert is_png(folder / "curves.png", 1000)
+    sides = [(folder, folder / "logs")]
+    if "## Race" in (folder / "README.md").read_text():
+        sides.append((folder / "baseline", folder / "baseline"))
+    for place, kept in sides:
+        script = (place / "train_gpt.py").read_bytes()
+        logs = sorted(kept.glob("*.txt"))
+        assert logs
+        for log in logs:
+            assert log.read_text().startswith(
+                f"script: train_gpt.py sha256:{hashlib.sha256(script).hexdigest()}\n{LINE}"
+            )
+            assert isinstance(record.read_run(log), record.Run)
+            assert record.read_head(log)[0] == script.decode().strip()
 
 
 def test_records_pages():

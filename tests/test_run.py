@@ -208,10 +208,14 @@ def test_a_record(project, tmp_path):
     assert project(0, "--record=2026-02-02_claim")[1][-1].startswith(
         "python records/2026-02-02_claim/train_gpt"
     )
-    for name in ("2026-01-01_idea", "", "."):
+    (tmp_path / "project" / "train_gpt.py").touch()
+    for name in ("2026-01-01_idea", "", ".", "..", "../records/2026-02-02_claim", "proxy/2026-02-02_claim"):
         done, told = project(0, f"--record={name}")
         refused(done, f"--record={name}: there is no such record")
         assert not told
+    done, told = project(0, "--record", "2026-02-02_claim")
+    refused(done, "--record=2026-11-29_small-batches")
+    assert not told
 
 
 def test_a_link_to_it(project, tmp_path):
