@@ -4,6 +4,7 @@ All else is as Python does it: the script is read, compiled and run as __main__,
 folder and output of its own.
 """
 
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import runpy
@@ -11,12 +12,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from unittest import mock
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
+GRACE = 30  # s, in which ranks may end by themselves after one of them has failed
 LIBRARIES = ["numpy", "torch", "torch.utils.benchmark", "tqdm", "triton.tools.tensor_descriptor"]
 
 
@@ -36,6 +39,7 @@ def _python(arguments, folder, environment, outputs):
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     name, *rest = arguments
+    sys.path[:] = [place for place in sys.path if place.startswith((sys.prefix, sys.base_prefix))]
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     if name == "-c":
         program, *rest = rest
@@ -59,22 +63,29 @@ def ranks_of(size):
 
 
 def forked(arguments, ranks=({},), environment=ENVIRONMENT, folder=".", timeout=120):
-    """As subprocess.run of Python with these arguments, in a process for each of the ranks' variables."""
+    """As subprocess.run of Python with these arguments, in a process for each of the ranks' variables.
+
+    As torchrun does, it ends the others when one has failed, though not at once, and returns its code.
+    """
     arguments, context = [*map(str, arguments)], server()
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as errors:
         given = [(arguments, folder, environment | rank, (out.name, errors.name)) for rank in ranks]
         children = [context.Process(target=_python, args=each) for each in given]
         for child in children:
             child.start()
+        running = {child.sentinel: child for child in children}
+        code, end = 0, time.monotonic() + timeout
         try:
-            for child in children:
-                child.join(timeout)
-            codes = [child.exitcode for child in children]
+            while running and (left := end - time.monotonic()) > 0:
+                for sentinel in multiprocessing.connection.wait(running, left):
+                    child = running.pop(sentinel)
+                    child.join()
+                    if child.exitcode and not code:
+                        code, end = child.exitcode, min(end, time.monotonic() + GRACE)
         finally:
             for child in children:
                 child.kill()
                 child.join()
-        code = next(filter(None, codes), 0)
         done = subprocess.CompletedProcess(arguments, code, out.read(), errors.read())
-    assert None not in codes, done
+    assert code or not running, done  # it hung
     return done

@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import starts
 from starts import ENVIRONMENT, forked, ranks_of
 
 PROGRAM = """
 import os, signal, sys
 seen = {name: os.environ.get(name) for name in ("RANK", "HOME", "TRITON_INTERPRET", "MARK")}
 handlers = [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
-print(__name__, __file__ if "__file__" in globals() else "", sys.argv, sys.path[0], os.getcwd(), seen)
+print(__name__, __file__ if "__file__" in globals() else "", sys.argv, sys.path, os.getcwd(), seen)
 print(handlers, sys.stdin.read(), sys.stdout.encoding, sys.stdout.isatty())
 sys.stderr.write("error")
 END
@@ -47,6 +48,15 @@ def test_ranks():
     program = "import os, sys; print(os.environ['RANK']); sys.exit(5 * (os.environ['LOCAL_RANK'] == '2'))"
     done = forked(["-c", program], ranks_of(3))
     assert done.returncode == 5 and sorted(done.stdout.split()) == ["0", "1", "2"]
+
+
+def test_a_rank_that_fails(monkeypatch):
+    """The others are not waited for as long as for a run that hangs."""
+    monkeypatch.setattr(starts, "GRACE", 0.2)
+    done = forked(
+        ["-c", "import os, time; os.environ['RANK'] == '1' and os._exit(3); time.sleep(60)"], ranks_of(2)
+    )
+    assert done.returncode == 3
 
 
 def test_a_process_that_hangs_is_ended():
