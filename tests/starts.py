@@ -4,6 +4,8 @@ All else is as Python does it: the script is read, compiled and run as __main__,
 folder and output of its own.
 """
 
+import functools
+import json
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
@@ -31,7 +33,15 @@ def server():
     return multiprocessing.get_context("forkserver")
 
 
-def _python(arguments, folder, environment, outputs):
+@functools.cache
+def installed_path():
+    """Where Python looks for modules that are installed, without what pytest and others have added."""
+    program = "import json, sys; print(json.dumps(sys.path[1:]))"
+    command = [sys.executable, "-E", "-c", program]
+    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def _python(arguments, installed, folder, environment, outputs):
     """Do in this process what python does with these arguments: a script's path or -c and a program."""
     os.chdir(folder)
     os.environ.clear()
@@ -39,8 +49,7 @@ def _python(arguments, folder, environment, outputs):
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     name, *rest = arguments
-    sys.path[:] = [place for place in sys.path if place.startswith((sys.prefix, sys.base_prefix))]
-    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = [*filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), *installed]
     if name == "-c":
         program, *rest = rest
         sys.argv = ["-c", *rest]
@@ -69,7 +78,10 @@ def forked(arguments, ranks=({},), environment=ENVIRONMENT, folder=".", timeout=
     """
     arguments, context = [*map(str, arguments)], server()
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as errors:
-        given = [(arguments, folder, environment | rank, (out.name, errors.name)) for rank in ranks]
+        given = [
+            (arguments, installed_path(), folder, environment | rank, (out.name, errors.name))
+            for rank in ranks
+        ]
         children = [context.Process(target=_python, args=each) for each in given]
         for child in children:
             child.start()
