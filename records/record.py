@@ -20,7 +20,8 @@ once, as train_gpt.py, and each log begins with a line that names it instead:
 
     script: train_gpt.py sha256:<hex>
 
-What a record raced, its script and its logs, lies below that in baseline/, and belongs to no other group.
+What a record raced, its logs and its script, lies below that in baseline/, and belongs to no other group. If
+a record has that script already, the logs name it there.
 
 This tool never imports torch.
 """
@@ -45,6 +46,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -57,6 +59,7 @@ TARGET_TOKENS = "10485760"  # of FineWeb's validation shard, on which the target
 TOLERANCE = 0.001  # nats by which a record's mean loss may lie above its baseline's and still count as equal
 SCRIPT_NAME = "train_gpt.py"
 BASELINE = "baseline"  # the folder in a record's that holds what it raced
+RECORD_NAME = re.compile(r"\d{4}-\d\d-\d\d_")
 
 
 class UsageError(Exception):
@@ -73,7 +76,7 @@ VALIDATION = re.compile(
 OLD_LINE = re.compile(rb"^s:(\d+) (trl|tel):(\S+)", re.M)
 CALIBRATION = re.compile(rb"^calibration rank \d+: (.*)$", re.M)
 FIGURE = re.compile(r"(\w+)=(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([A-Za-z/]+)")
-ARCHIVED = re.compile(r"script: ([\w.-]+) sha256:([0-9a-f]{64})")
+ARCHIVED = re.compile(r"script: ([\w./-]+) sha256:([0-9a-f]{64})")
 PROFILED = re.compile(rb"^profile: steps (\d+) to (\d+), trace ", re.M)
 
 
@@ -171,8 +174,7 @@ def logs_below(top: Path) -> dict[Path, list[Path]]:
         top, onerror=lambda error: tell(f"left out: {error.filename}: {error.strerror}"), followlinks=True
     ):
         real = os.path.realpath(root)
-        in_record = SCRIPT_NAME in names and Path(root, BASELINE, SCRIPT_NAME).is_file()
-        left_out = BASELINE if in_record else None
+        left_out = BASELINE if "logs" in folders and RECORD_NAME.match(os.path.basename(real)) else None
         folders[:] = sorted(
             name for name in folders if real not in seen and not name.startswith(".") and name != left_out
         )
@@ -282,7 +284,7 @@ def bare(script: bytes) -> str:
 
 
 def archived_script(log: Path, name: str, digest: str) -> str:
-    """The script that an archived log names: it lies above the log's folder, if that is `logs`, or beside it.
+    """The script that an archived log names: from its folder or, if that is `logs`, from the one above.
 
     Raises UsageError when there is none, or when its SHA-256 is not the one that the log gives.
     """
@@ -302,10 +304,10 @@ def archived_script(log: Path, name: str, digest: str) -> str:
     return bare(data)
 
 
-def archive(log: bytes, script: bytes) -> bytes:
+def archive(log: bytes, name: str, script: bytes) -> bytes:
     """A log as a record keeps it: one line that names the script stands in the place of the source."""
     separator, _ = script_span(log)
-    line = f"script: {SCRIPT_NAME} sha256:{hashlib.sha256(script).hexdigest()}\n"
+    line = f"script: {name} sha256:{hashlib.sha256(script).hexdigest()}\n"
     return line.encode() + log[separator:]
 
 
@@ -1280,7 +1282,7 @@ def read_record(readme: Path) -> Record | None:
     """The record whose README.md this is; None for a folder that is no record's."""
     folder = readme.parent
     runs = logged_runs(folder / "logs")
-    if not runs or not re.match(r"\d{4}-\d\d-\d\d_", folder.name):
+    if not runs or not RECORD_NAME.match(folder.name):
         return None
     _, head = read_head(runs[0].path)
     machine, _ = machine_of(head)
@@ -1381,12 +1383,13 @@ def new(arguments) -> int:
         raise UsageError(f"{folder}: exists already; give another name, or remove it") from None
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made ({error.strerror})") from None
-    keep_runs(draft.runs, draft.script, folder, folder / "logs")
     kept = None
     if elsewhere:
-        kept = folder / BASELINE
-        kept.mkdir()
-        keep_runs(baseline, before.script, kept, kept)
+        (folder / BASELINE).mkdir()
+        script = keep_script(before.script, folder / BASELINE, records.rglob(SCRIPT_NAME))
+        keep_logs(baseline, script, folder / BASELINE)
+        kept = os.path.relpath(script, folder), commit_of(script)
+    keep_logs(draft.runs, keep_script(draft.script, folder), folder / "logs")
     sets = {BASELINE: baseline, arguments.name: draft.runs} if baseline else {arguments.name: draft.runs}
     drawn, _ = draw_curves(sets, None if off_target(draft.settings) else TARGET)
     save(drawn, folder / "curves.png")
@@ -1411,12 +1414,21 @@ def newest_record(records: Path) -> str | None:
     return next((str(record.folder) for record in read_records(records) if not record.reported), None)
 
 
-def keep_runs(runs: list[Run], script: str, folder: Path, logs: Path):
-    """Keep a script and its runs' logs, in which a line that names it stands in the place of its source."""
-    source = (script + "\n").encode()
+def keep_script(script: str, folder: Path, kept: Iterable[Path] = ()) -> Path:
+    """Write a script into a folder, unless it is one of those that are kept already; returns where it is."""
+    source = (script.strip("\r\n") + "\n").encode()  # as logs give it
+    if same := next((path for path in sorted(kept) if path.read_bytes() == source), None):
+        return same
     (folder / SCRIPT_NAME).write_bytes(source)
+    return folder / SCRIPT_NAME
+
+
+def keep_logs(runs: list[Run], script: Path, folder: Path):
+    """Write runs' logs into a folder, with a line that names their script in the place of its source."""
+    beside = folder.parent if folder.name == "logs" else folder
     for run, name in zip(runs, kept_names(runs), strict=True):
-        (logs / name).write_bytes(archive(run.path.read_bytes(), source))
+        log = archive(run.path.read_bytes(), os.path.relpath(script, beside), script.read_bytes())
+        (folder / name).write_bytes(log)
 
 
 def describe_race(baseline: list[Run], draft: Draft) -> list[str]:
@@ -1468,18 +1480,21 @@ def describe_rerun(draft: Draft, shown: str) -> list[str]:
 
 
 def describe_change(
-    draft: Draft, shown: str, against: str | None, before: Source | None, kept: Path | None
+    draft: Draft, shown: str, against: str | None, before: Source | None, kept: tuple[str, str | None] | None
 ) -> list[str]:
-    """The paragraphs on what changed since another record: its name, its script, the folder of its copy."""
+    """The paragraphs on what changed since another record, given its name and its script.
+
+    kept: where that script is kept, seen from this record's folder, and its commit.
+    """
     if before is None:
         return ["## What changed", "This is the first record here, so it is compared with none."]
     name = os.path.relpath(against, ROOT) if Path(against).is_relative_to(ROOT) else against
     of = ""
     other = name
     if kept:
-        other = f"{shown}/{BASELINE}/{SCRIPT_NAME}"
-        commit = commit_of(kept / SCRIPT_NAME)
-        of = f", whose script is `{BASELINE}/{SCRIPT_NAME}`" + (f" (commit `{commit}`)" if commit else "")
+        script, commit = kept
+        other = os.path.normpath(f"{shown}/{script}")
+        of = f", whose script is `{script}`" + (f" (commit `{commit}`)" if commit else "")
     changes = f"Against `{name}`{of}: {summarize_diff(before.script, draft.script)}."
     parts = ["## What changed", f"{changes} All of it: `./run.sh record diff {other} {shown}`."]
     if lines := changed_experiment(before.settings, draft.settings):

@@ -516,8 +516,14 @@ def test_new_keeps_the_other_side(racers):
     assert not (again / "baseline").exists() and "## Race" not in (again / "README.md").read_text()
     succeeded("new", "d", folder, "--records=records", "--unproven", "--against=a.py")  # a script alone
     last = the_record(racers / "records", "d")
-    assert [path.name for path in (last / "baseline").iterdir()] == ["train_gpt.py"]
-    assert "## Race" not in (last / "README.md").read_text()
+    assert not any((last / "baseline").iterdir())  # it is kept already, and no run of it was given
+    text = (last / "README.md").read_text()
+    assert f"whose script is `../{folder.name}/baseline/train_gpt.py`" in text and "## Race" not in text
+    assert tool("race", "a.py", "b.py --rate=2", "--runs=2", "--out=more").returncode == 0
+    succeeded("new", "e", "more/b", "--records=records", "--unproven", "--against=more/a")
+    last = the_record(racers / "records", "e")
+    assert sorted(path.suffix for path in (last / "baseline").iterdir()) == [".txt", ".txt"]
+    assert succeeded("compare", last / "baseline", last) == succeeded("compare", "more/a", "more/b")
 
 
 def test_new_refuses_a_baseline_that_is_not_one(tmp_path):
@@ -548,7 +554,6 @@ def test_a_folder_named_baseline(tmp_path):
     """Outside of a record it is a folder like others."""
     write_runs(tmp_path / "logs", [3.2, 3.21], [1, 2])
     write_runs(tmp_path / "baseline", [3.3, 3.31], [1, 2])
-    (tmp_path / "train_gpt.py").touch()
     assert "3.3000" in succeeded("stats", tmp_path)
 
 
@@ -913,17 +918,18 @@ KEPT = sorted([*TOOL.parent.glob("2*"), *TOOL.parent.glob("proxy/2*")])
 def test_kept_records_are_whole(folder):
     """Each log names the script beside it, which it does not repeat, and shows a run of it."""
     assert is_png(folder / "curves.png", 1000)
-    sides = [(folder, folder / "logs")]
+    sides = [(folder, "logs")]
     if "## Race" in (folder / "README.md").read_text():
-        sides.append((folder / "baseline", folder / "baseline"))
-    for place, kept in sides:
-        script = (place / "train_gpt.py").read_bytes()
-        logs = sorted(kept.glob("*.txt"))
+        sides.append((folder / "baseline", "."))
+    for place, below in sides:
+        logs = sorted((place / below).glob("*.txt"))
         assert logs
         for log in logs:
-            assert log.read_text().startswith(
-                f"script: train_gpt.py sha256:{hashlib.sha256(script).hexdigest()}\n{LINE}"
-            )
+            first, line = log.read_text().splitlines()[:2]
+            name, digest = re.fullmatch(r"script: (\S*train_gpt\.py) sha256:(\w{64})", first).groups()
+            script = (place / name).read_bytes()
+            assert hashlib.sha256(script).hexdigest() == digest and line == LINE
+            assert below == "." or name == "train_gpt.py"
             assert isinstance(record.read_run(log), record.Run)
             assert record.read_head(log)[0] == script.decode().strip()
 
