@@ -3230,8 +3230,9 @@ def resume(trainer: Trainer, path: str, *older: str) -> tuple[int, float]:
 def load_model(path: str) -> GPT:
     """The trained model of a checkpoint for evaluation, on this machine's GPU, else its CPU.
 
-    Its `inputs` are those of the last validation, its `bos` the token that begins a document; it takes as
-    many tokens as model.rotary.position has. Documents end to end in one array of token ids go in as
+    Its `inputs` are those of the last validation or, of an unfinished run, of the last step; its `bos` is the
+    token that begins a document; it takes as many tokens as model.rotary.position has. Documents end to end
+    in one array of token ids go in as
 
         model = load_model("logs/....pt")
         batch = document_batch(tokens, model.bos, model.embed.device)
@@ -3257,7 +3258,8 @@ def load_model(path: str) -> GPT:
     except (TypeError, KeyError) as error:  # a setting is unknown, or a tensor missing
         raise other_version(path, error) from None
     model.rotary.fill()
-    model.inputs, model.bos = step_inputs(s.total_steps, s), s.bos
+    finished = state["step"] == s.total_steps
+    model.inputs, model.bos = step_inputs(state["step"] - (not finished), s), s.bos
     # A recorded gradient means training, and so FP8, to the fused versions.
     model.forward, model.logits = torch.no_grad()(model.forward), torch.no_grad()(model.logits)
     return model

@@ -162,6 +162,17 @@ def test_load_model(trained):
     assert recorded == [False, False]
 
 
+def test_load_model_of_an_unfinished_run(trained, tmp_path):
+    """What the model is and what it reads fit: both are of the last step, as a tied head needs."""
+    folder, flags, _ = trained
+    s = parse_settings(flags)
+    state = train_gpt.read_checkpoint(str(checkpoint(folder)))
+    for step, inputs_of in ((3, 2), (s.total_steps, s.total_steps)):
+        train_gpt.write_checkpoint(tmp_path / "other.pt", state | {"step": step})
+        inputs = train_gpt.load_model(str(tmp_path / "other.pt")).inputs
+        assert inputs == train_gpt.step_inputs(inputs_of, s) != train_gpt.step_inputs(3, s)
+
+
 def test_refused_checkpoints(trained, tmp_path):
     folder, flags, _ = trained
     path = checkpoint(folder)
