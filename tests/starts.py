@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported torch, which takes a second and is most of a start.
+"""Start processes as forks of one that has imported torch: the import is most of what a start takes.
 
 All else is as Python does it: the script is read, compiled and run as __main__, with arguments, environment,
 folder and output of its own.
