@@ -2595,6 +2595,11 @@ class Trainer:
             parts[-1] = parts[-1]._replace(updates=updating(step))
         return parts
 
+    def quantize(self):
+        """Make the FP8 copies of all parameters, or renew them."""
+        for p in self.model.parameters():
+            p.bank.quantize(p)
+
     def micro_step(self, batch: Batch, part: Part):
         """Add a micro-batch's loss to `total` and its gradients to the parameters'; and do its part."""
         self.gather(self.banks_of(part.gathers))
@@ -2647,8 +2652,7 @@ class Trainer:
             before = step_shape(step - 1, self.s).micro_batches
             self.adam.set_step(lr_scale, step // 2 + 1, (before + shape.micro_batches) / 2)
         if not self.world.shared:
-            for p in self.model.parameters():
-                p.bank.quantize(p)
+            self.quantize()
         for batch, part in zip(batches, self.parts(step), strict=True):
             if recording := self.recordings.get((variant, part)):
                 for kept, new in zip(recording.batch, batch, strict=True):
@@ -2703,6 +2707,7 @@ class Trainer:
         self.wait()
         for tensor, value in zip(state, saved, strict=True):
             tensor.copy_(value)
+        self.quantize()  # a step gathers, and so renews, only what the step before has updated
 
     def whole_state(self, step: int):
         """Yield (name, tensor) of all that training goes on from after `step` steps; all ranks must ask.

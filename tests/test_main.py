@@ -180,6 +180,19 @@ def test_rewind_is_bitwise(tmp_path, monkeypatch, shape):
     assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
 
 
+def test_rewind_renews_fp8_copies(tmp_path, monkeypatch):
+    """After warm-up they are of the parameters as they are again: not every step's graph renews all."""
+    monkeypatch.setattr(train_gpt, "in_fp8", lambda device, part: True)
+    s, world = parse_settings([*tiny_flags(tmp_path), "--warmup_steps=3"]), World()
+    trainer = Trainer(s, world)
+    trainer.warm_up(TrainLoader(s, world), ValLoader(s, world))
+    with_copies = [p for p in trainer.model.parameters() if hasattr(p, "fp8_copies")]
+    assert trainer.model.lm_head.weight in set(with_copies)
+    for p in with_copies:
+        for name, fresh in train_gpt.fp8_copies(p.detach(), tuple(p.fp8_copies)).items():
+            assert torch.equal(p.fp8_copies[name].float(), fresh.float()), name
+
+
 def test_step_returns_the_mean_loss(tmp_path):
     s, world = train_gpt.parse_settings(tiny_flags(tmp_path)), train_gpt.World()
     trainer, loader = train_gpt.Trainer(s, world), train_gpt.TrainLoader(s, world)
