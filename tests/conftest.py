@@ -6,6 +6,7 @@ The tests are of train_gpt.py or, under that name, of the script that the variab
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +55,17 @@ def _odd_bytes_apart(pair):
     return [_bytes(pair)[..., 1], _bytes(pair)[..., 3]]
 
 
+def _to_fp8(x, dtype):
+    """Bytes of float32 numbers in FP8, where what is beyond its range becomes its largest number."""
+    largest = torch.finfo(dtype).max
+    return torch.from_numpy(x).clamp(-largest, largest).to(dtype).view(torch.uint8).numpy()
+
+
+def _word(dtype, *numbers):
+    """Four float32 numbers in FP8 as the bytes of a uint32."""
+    return [_to_fp8(np.stack(numbers, -1), dtype).view(np.uint32)[..., 0]]
+
+
 # The interpreter has no PTX: these are the exact counterparts of what the kernels use; others are a KeyError.
 _ASM = {
     "tanh.approx.f32 $0, $1;": lambda x: [np.tanh(x)],
@@ -62,6 +74,12 @@ _ASM = {
     "{ .reg .b32 a, b; prmt.b32 a, $2, $3, 0x7351; prmt.b32 b, $4, $5, 0x7351;"
     " prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }": _odd_bytes_apart,
 }
+for kind, dtype in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)):
+    word = (
+        f"{{ .reg .b16 low, high; cvt.rn.satfinite.{kind}x2.f32 low, $2, $1;"
+        f" cvt.rn.satfinite.{kind}x2.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}"
+    )
+    _ASM[word] = partial(_word, dtype)
 
 
 def _inline_asm(self, asm, constraints, values, types, pure, pack):
@@ -77,12 +95,11 @@ _fp_to_fp = InterpreterBuilder.create_fp_to_fp
 
 
 def _rounded(self, source, kind, mode):
-    """The interpreter of Triton 3.7.1 loses the carry of a mantissa that it rounds up to e4m3."""
-    if (source.dtype.scalar, kind.scalar) != (tl.float32, tl.float8e4nv):
+    """To FP8 as a GPU does it: the interpreter of Triton 3.7.1 loses the carry of a mantissa rounded up."""
+    dtypes = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+    if source.dtype.scalar != tl.float32 or kind.scalar not in dtypes:
         return _fp_to_fp(self, source, kind, mode)
-    return TensorHandle(
-        torch.from_numpy(source.data).to(torch.float8_e4m3fn).view(torch.uint8).numpy(), kind.scalar
-    )
+    return TensorHandle(_to_fp8(source.data, dtypes[kind.scalar]), kind.scalar)
 
 
 InterpreterBuilder.create_fp_to_fp = _rounded

@@ -143,6 +143,26 @@ def test_attention(script, T, fp8, offset):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-5)
 
 
+def test_mlp_in_fp8(script, monkeypatch):
+    """Its gradients, by FP8 products and transposes, are the definition's but for rounding."""
+    monkeypatch.setattr(script, "MLP_TILE", (32, 64, 64, 4, 2))
+    monkeypatch.setattr(script, "MLP_BACKWARD_TILE", (256, 32, 64, 4, 2))
+    torch.manual_seed(0)
+    T, C, found = 300, 64, []
+    x, h, dy = torch.randn(T, C), script.rms_norm(torch.randn(T, C)), 0.1 * torch.randn(T, C)
+    weights = [0.1 * torch.randn(C, 4 * C) for _ in range(2)]
+    for fused in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, h)]
+        p = [w.clone().requires_grad_() for w in weights]
+        if fused:
+            p = [script.Weight(w, torch.zeros_like(w), **script.fp8_copies(w, 1)) for w in weights]
+        y = (script.mlp_fused if fused else script.mlp.definition)(*leaves, *p)
+        y.backward(dy)
+        found.append([y.detach(), *(t.grad for t in (*leaves, *p))])
+    for wanted, got in zip(*found, strict=True):
+        assert (got - wanted).norm() < 0.1 * wanted.norm()
+
+
 @pytest.mark.parametrize("T, V", [(36, 300), (40, 128)])
 def test_loss_with_a_bias(script, T, V):
     torch.manual_seed(V)
