@@ -2687,6 +2687,7 @@ class Trainer:
     def warm_up(self, train: TrainLoader, val: ValLoader):
         """Compile and record all that the run will use, by throw-away steps and a validation; then rewind."""
         if not self.s.warmup_steps:
+            self.quantize()  # with several processes no step does before it has gathered
             return
         state = list(self.model.buffers())
         for bank in self.banks:

@@ -180,10 +180,11 @@ def test_rewind_is_bitwise(tmp_path, monkeypatch, shape):
     assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
 
 
-def test_rewind_renews_fp8_copies(tmp_path, monkeypatch):
-    """After warm-up they are of the parameters as they are again: not every step's graph renews all."""
+@pytest.mark.parametrize("steps", [0, 3])
+def test_warm_up_leaves_fp8_copies(steps, tmp_path, monkeypatch):
+    """Of the parameters as they are then, rewound or not: not every step's graph renews all."""
     monkeypatch.setattr(train_gpt, "in_fp8", lambda device, part: True)
-    s, world = parse_settings([*tiny_flags(tmp_path), "--warmup_steps=3"]), World()
+    s, world = parse_settings([*tiny_flags(tmp_path), f"--warmup_steps={steps}"]), World()
     trainer = Trainer(s, world)
     trainer.warm_up(TrainLoader(s, world), ValLoader(s, world))
     with_copies = [p for p in trainer.model.parameters() if hasattr(p, "fp8_copies")]
