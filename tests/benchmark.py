@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.append(str(Path(__file__).parent.parent))  # behind the folder of a SCRIPT that is tested
 import train_gpt as g  # noqa: E402
 
 DEVICE, T, HEADS, HEAD_DIM, WIDTH, VOCABULARY = "cuda", 32_768, 6, 128, 768, 50_304

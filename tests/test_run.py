@@ -190,6 +190,15 @@ def test_script_stands_in_for_train_gpt(tmp_path):
     assert done.stdout.splitlines() == ["7", "7", "train_gpt.py MARK = 7"]
 
 
+def test_script_stands_in_for_train_gpt_in_the_benchmark(tmp_path):
+    """Its module is imported by the first tests, so what it imports is what all others get."""
+    (tmp_path / "idea.py").write_text((ROOT / "train_gpt.py").read_text() + "\nMARK = 7\n")
+    environment = os.environ | {"SCRIPT": "idea.py", "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-c", "import conftest, benchmark; print(benchmark.g.MARK)"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+    assert done.stdout == "7\n", done.stderr
+
+
 def test_record(project):
     assert project(0, "record", "stats", "logs")[1] == ["python records/record.py stats logs"]
 
