@@ -9,8 +9,8 @@ and the data. An idea is written there. Part II, the machine, makes it fast: Tri
 operators, and parameters sharded over GPUs. Part III runs it: training, log, checkpoints, main.
 Each part is made of rooms, and a room uses only rooms above it.
 
-Measured on one NVIDIA H100 (torch 2.11, Triton 3.6): the record's 262,144-token steps take 341 ms and
-15.6 GiB, with step 0 after 26 s from warm caches, 75 s from empty ones. README.md says on what data.
+Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps take 284 ms and
+15.0 GiB. README.md says on what data.
 """
 
 import argparse
@@ -1028,44 +1028,36 @@ def split_documents(tokens: np.ndarray, bos: int) -> np.ndarray:
 # Each version takes handles where its definition takes tensors, and is tested against it.
 
 WEIGHT_SCALE = 2.0**-9  # of every weight in e4m3, so for entries up to 0.875
-GRAD_SCALE = 1 / 448  # of the loss's gradient in e5m2: it lies within -1 and 1
+LOGIT_GRAD_SCALE = 1 / 448  # of the logits' gradients in e5m2: they lie within -1 and 1
+# Of those of q, k and v and of an MLP's hidden units and output in e4m3, which so reaches from 2^-15 to 7,
+# three times the largest seen. It suits losses summed over tokens: gradients of a mean would vanish.
+BLOCK_GRAD_SCALE = tl.constexpr(2.0**-6)
 
 
 class Normed(NamedTuple):
-    """A normalized activation (T, C) and, for FP8 products, its e4m3 copy, whose values it then has."""
+    """A normalized activation (T, C) and its e4m3 copy, which is all that FP8 products read."""
 
     value: Tensor
     e4m3: Tensor | None = None
 
 
 class Weight(NamedTuple):
-    """A parameter as fused versions see it. FP8 copies are there in training, of what FP8_COPIES names."""
+    """A parameter as fused versions see it. FP8 copies are there in training, of what FP8_WEIGHTS names."""
 
     value: Tensor
     grad: Tensor | None = None  # where fused backward passes add its gradient
     e4m3: Tensor | None = None
-    e4m3_t: Tensor | None = None  # the transpose, contiguous: FP8 products sum along rows
-    dequantized: Tensor | None = None  # the values of the e4m3 copy, in value's dtype
-
-    @property
-    def read(self) -> Tensor:
-        """The values that the forward product used, which the gradient of its input multiplies."""
-        return self.value if self.dequantized is None else self.dequantized
+    e4m3_t: Tensor | None = None  # transposed, contiguous, for FP8 products sum along rows
 
 
-# Which weights have FP8 copies, by name, and which copies their fused versions read.
-FP8_COPIES = {
-    "qkvo": ("e4m3", "dequantized"),
-    "c_fc": ("e4m3_t", "dequantized"),
-    "c_proj": ("e4m3", "dequantized"),
-    "lm_head": ("e4m3", "e4m3_t"),
-}
+# Weights that have FP8 copies, by name, and as how many matrices, one below the other, products read them.
+FP8_WEIGHTS = {"qkvo": 4, "c_fc": 1, "c_proj": 1, "lm_head": 1}
 
 
 def in_fp8(device: torch.device, part: str) -> bool:
     """Whether products of the "head" or the "blocks" train in FP8. Only here it is decided, by the chip.
 
-    The head's do from sm_89 on; of the blocks, the forward products of q, k, v and the MLP do on Hopper.
+    The head's do from sm_89 on; of the blocks, those of q, k, v and the MLP do on Hopper.
     """
     if device.type != "cuda":
         return False
@@ -1094,15 +1086,15 @@ def transposed(x: Tensor) -> Tensor:
     return x.mT.contiguous()
 
 
-def fp8_copies(w: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """FP8 copies, those named, of weights w (..., rows, cols): fields of Weight."""
+def fp8_copies(w: Tensor, matrices: int) -> dict[str, Tensor]:
+    """FP8 copies of a weight (rows, cols), fields of Weight: e4m3 (rows, cols) and e4m3_t.
+
+    The latter is the transpose of (matrices * rows, cols / matrices): of its matrices, one below the other.
+    """
     e4m3 = call_compiled(to_e4m3, w, WEIGHT_SCALE)
-    copies = {"e4m3": e4m3} if "e4m3" in names else {}
-    if "e4m3_t" in names:  # as bytes, and in a kernel of its own: see _e5m2_pair
-        copies["e4m3_t"] = call_compiled(transposed, e4m3.view(torch.uint8)).view(e4m3.dtype)
-    if "dequantized" in names:
-        copies["dequantized"] = e4m3.to(w.dtype).mul_(WEIGHT_SCALE)
-    return copies
+    # As bytes, and in a kernel of its own: see _e5m2_pair.
+    stacked = e4m3.view(torch.uint8).view(-1, w.size(1) // matrices)
+    return {"e4m3": e4m3, "e4m3_t": call_compiled(transposed, stacked).view(e4m3.dtype)}
 
 
 def normed_scale(width: int) -> float:
@@ -1133,11 +1125,13 @@ def weight_handle(p: nn.Parameter) -> Weight:
 
 
 def normed_handle(h: Tensor | Normed, w: Weight) -> Normed:
-    """A normalized activation's handle, which its operator may have made already, for a product with w."""
-    if isinstance(h, Normed):
-        return h
-    scale = normed_scale(h.size(1))
-    return Normed(h, None if w.dequantized is None else call_compiled(to_e4m3, h.detach(), scale))
+    """A normalized activation's handle for a product with w: with an e4m3 copy if, and only if, w has one."""
+    h = h if isinstance(h, Normed) else Normed(h)
+    if w.e4m3 is None:
+        return Normed(h.value)
+    if h.e4m3 is None:
+        return Normed(h.value, call_compiled(to_e4m3, h.value.detach(), normed_scale(h.value.size(1))))
+    return h
 
 
 def fused(operator: Operator):
@@ -1239,9 +1233,7 @@ def _mix_norm_kernel(
         tl.store(mixed_ptr + at, x.to(mixed_ptr.dtype.element_ty), mask=inside)
     x *= tl.rsqrt(tl.sum(x * x, 1) / C + EPS)[:, None]
     if h.e4m3 is not None:
-        e4m3 = tl.clamp(x * (1 / SCALE), -448.0, 448.0, tl.PropagateNan.ALL).to(h.e4m3.dtype.element_ty)
-        tl.store(h.e4m3 + at, e4m3, mask=inside)
-        x = e4m3.to(tl.float32) * SCALE  # exact gradients of the FP8 products; fewer bits take less power too
+        tl.store(h.e4m3 + at, (x * (1 / SCALE)).to(h.e4m3.dtype.element_ty), mask=inside)
     tl.store(h.value + at, x.to(h.value.dtype.element_ty), mask=inside)
 
 
@@ -1356,6 +1348,100 @@ def norm_fused(x: Tensor) -> tuple[Tensor, Normed]:
 
 
 # ------------------------------------------------------------------------------------------------------
+# FP8 gradients. FP8 products sum along rows, so those that sum over tokens take transposed factors, in an
+# order of tokens in which a thread of an MLP's product has four together, a word of bytes: of each 256
+# tokens, word 8 w + r has 16 w + r, and 8, 128 and 136 after it. Numbers beyond FP8's become its largest.
+
+TRANSPOSE_TILE = (64, 64, 8)  # words, a divisor of 64, columns, warps
+
+
+@triton.jit
+def _e4m3_word(a, b, c, d):
+    """Four numbers in e4m3, from the lowest byte of a uint32 on."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;"
+        " cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
+        "=r,f,f,f,f",
+        [a, b, c, d],
+        tl.uint32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _in_word_order(x):
+    """The four numbers of each word of a tile of 256 tokens: (8, 8, columns) each."""
+    even, odd = x.reshape(2, 8, 2, 8, x.shape[1]).permute(1, 3, 4, 0, 2).split()
+    a, c = even.split()
+    b, d = odd.split()
+    return a, b, c, d
+
+
+@triton.jit
+def _word_part(word, columns, i, T, C):
+    """Where the i-th numbers of words are in a matrix (T, C), and which of them are within."""
+    rows = word // 64 * 256 + word % 64 // 8 * 16 + word % 8 + i % 2 * 8 + i // 2 * 128
+    inside = (rows < T)[:, None] & (columns < C)[None, :]
+    return rows.to(tl.int64)[:, None] * C + columns[None, :], inside
+
+
+@triton.jit
+def _transpose_kernel(
+    x_ptr, out_ptr, words_ptr, T, C, WORDS, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Out is x (T, C) over SCALE in e4m3; words (C, WORDS) are that transposed, or x of bytes if no out."""
+    word = tl.program_id(1) * BM + tl.arange(0, BM)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    if out_ptr is None:
+        words = tl.zeros([BM, BN], tl.uint32)
+        for i in tl.static_range(4):
+            at, inside = _word_part(word, columns, i, T, C)
+            words |= tl.load(x_ptr + at, mask=inside, other=0).to(tl.uint32) << 8 * i
+    else:
+        parts = ()
+        for i in tl.static_range(4):
+            at, inside = _word_part(word, columns, i, T, C)
+            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * (1 / SCALE)
+            tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+            parts = parts + (x,)
+        words = _e4m3_word(*parts)
+    at = columns[None, :].to(tl.int64) * WORDS + word[:, None]
+    tl.store(words_ptr + at, words, mask=(columns < C)[None, :])
+
+
+def empty_words(x: Tensor, count: int = 1) -> Tensor:
+    """Room for the transposes of count matrices like x (T, C): words (count, C, WORDS), in whole blocks."""
+    T, C = x.shape
+    return torch.empty(count, C, triton.cdiv(T, 256) * 64, dtype=torch.int32, device=x.device)
+
+
+def _transpose(x: Tensor, out: Tensor | None, scale: float) -> Tensor:
+    (T, C), words = x.shape, empty_words(x)
+    BM, BN, warps = TRANSPOSE_TILE
+    grid = triton.cdiv(C, BN), words.size(2) // BM
+    _transpose_kernel[grid](x, out, words, T, C, words.size(2), SCALE=scale, BM=BM, BN=BN, num_warps=warps)
+    return words[0]
+
+
+def e4m3_and_transpose(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """x (T, C) over scale in e4m3, and that transposed, (C, tokens) in the words' order."""
+    out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    return out, _transpose(x, out, scale).view(out.dtype)
+
+
+def transposed_in_words(x: Tensor) -> Tensor:
+    """x (T, C), in FP8, transposed: (C, tokens) in the words' order."""
+    return _transpose(x.view(torch.uint8), None, 1.0).view(x.dtype)
+
+
+def add_fp8_product_(grad: Tensor, a: Tensor, b: Tensor, scale: float):
+    """Add scale a b^T to a gradient (M, N). a (M, tokens), b (N, tokens): in FP8, in the words' order."""
+    scales = constant(scale, a.device), constant(1.0, a.device)
+    grad.add_(torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.float32))
+
+
+# ------------------------------------------------------------------------------------------------------
 # Attention: `flash_attention` and `attention_`
 
 # Rows, depth in bytes, warps, stages of the product; queries, keys, warps, stages of the others. Found on an
@@ -1430,7 +1516,7 @@ def qkv_forward(h: Normed, qkvo: Weight, ve: Tensor | None, lambdas: Weight, rot
     qkv, v_proj = x.new_empty(T, 3, C // D, D), torch.empty_like(x)
     factors = x.new_empty(2, C // D, T, dtype=torch.float32)
     a, b, scale = x, qkvo.value, 1.0
-    if h.e4m3 is not None and qkvo.e4m3 is not None:
+    if h.e4m3 is not None:
         a, b, scale = h.e4m3, qkvo.e4m3, normed_scale(C) * WEIGHT_SCALE
     BM, depth, warps, stages = HOPPER_QKV if on_hopper(x) else SMALL_QKV
     BK = depth // a.element_size()
@@ -1523,6 +1609,14 @@ def _attention_forward_kernel(k_tiles, v_tiles, q_tiles, out_tiles, a, T, H: tl.
 
 
 @triton.jit
+def _store_gradient(ptr, start, column, T, stride, x, ROWS, COLUMNS):
+    """Store a tile of a gradient, over BLOCK_GRAD_SCALE where it goes into e4m3."""
+    if ptr.dtype.element_ty == tl.float8e4nv:
+        x *= 1 / BLOCK_GRAD_SCALE
+    _store_tile(ptr, start, column, T, stride, x, ROWS, COLUMNS)
+
+
+@triton.jit
 def _store_before_norm(ptr, start, column, T, stride, dx, x, factor, cos_ptr, sin_ptr, ROWS, D):
     """Backward through rotary embedding and QK norm: dx is the gradient of the turned, normalized x."""
     cos = _load_tile(cos_ptr, start, 0, T, D // 2, ROWS, D // 2).to(tl.float32)
@@ -1530,8 +1624,8 @@ def _store_before_norm(ptr, start, column, T, stride, dx, x, factor, cos_ptr, si
     along = tl.sum(dx * x, 1) / D  # a norm's gradient has no part along its input
     dx = (dx - x * along[:, None]) * factor[:, None]
     low, high = dx.reshape(ROWS, 2, D // 2).permute(0, 2, 1).split()
-    _store_tile(ptr, start, column, T, stride, low * cos - high * sin, ROWS, D // 2)
-    _store_tile(ptr, start, column + D // 2, T, stride, low * sin + high * cos, ROWS, D // 2)
+    _store_gradient(ptr, start, column, T, stride, low * cos - high * sin, ROWS, D // 2)
+    _store_gradient(ptr, start, column + D // 2, T, stride, low * sin + high * cos, ROWS, D // 2)
 
 
 @triton.jit
@@ -1574,7 +1668,7 @@ def _attention_query_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq *= scale
     if end.factors is None:
-        _store_tile(d.q, start, head * D, T, 3 * H * D, dq, BM, D)
+        _store_gradient(d.q, start, head * D, T, 3 * H * D, dq, BM, D)
     else:
         factor = tl.load(end.factors + head * T + rows, mask=inside, other=0.0)
         # Once more: the loop has no registers to keep it in.
@@ -1622,8 +1716,8 @@ def _attention_key_kernel(
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     if end.factors is None:
-        _store_tile(d.v, start, head * D, T, 3 * H * D, dv, BN, D)
-        _store_tile(d.k, start, head * D, T, 3 * H * D, dk * scale, BN, D)
+        _store_gradient(d.v, start, head * D, T, 3 * H * D, dv, BN, D)
+        _store_gradient(d.k, start, head * D, T, 3 * H * D, dk * scale, BN, D)
     else:
         # The end asks early for what it reads, at most two tiles at a time: registers hold no more.
         keys = start + tl.arange(0, BN)
@@ -1632,7 +1726,7 @@ def _attention_key_kernel(
             ve = _load_tile(end.ve, start, head * D, T, H * D, BN, D)
         l0, l1 = tl.load(end.lambdas.value + 2), tl.load(end.lambdas.value + 3)
         factor = tl.load(end.factors + (H + head) * T + keys, mask=keys < T, other=0.0)
-        _store_tile(d.v, start, head * D, T, 3 * H * D, dv * l0, BN, D)
+        _store_gradient(d.v, start, head * D, T, 3 * H * D, dv * l0, BN, D)
         tl.atomic_add(end.lambdas.grad + 2, tl.sum(dv * v_proj.to(tl.float32)), sem="relaxed")
         if end.ve is not None:
             _store_tile(d.ve, start, head * D, T, H * D, dv * l1, BN, D)
@@ -1663,10 +1757,16 @@ def attention_forward(q, k, v, gate: Tensor | None, mask: Mask, scale: Tensor) -
     return a
 
 
-def attention_backward(dout: Tensor, a: Attended, end: QKVEnd) -> tuple[Tensor, AttentionGradients]:
-    """Gradients of q, k and v as one, (T, 3, H, D), and all by name. With an end, lambdas' are added to."""
+def attention_backward(
+    dout: Tensor, a: Attended, end: QKVEnd, fp8: bool = False
+) -> tuple[Tensor, AttentionGradients]:
+    """Gradients of q, k and v as one, (T, 3, H, D), and all by name. With an end, lambdas' are added to.
+
+    fp8: whether the former are in e4m3 over BLOCK_GRAD_SCALE, else in the dtype of dout.
+    """
     T, H, D = a.q.shape
-    dqkv, delta = dout.new_empty(T, 3, H, D), torch.empty_like(a.lse)
+    dqkv = dout.new_empty(T, 3, H, D, dtype=torch.float8_e4m3fn if fp8 else None)
+    delta = torch.empty_like(a.lse)
     dgate, dve = (None if t is None else torch.empty_like(t) for t in (a.gate, end.ve))
     d = AttentionGradients(dout, *dqkv.unbind(1), dgate, dve, delta)
     BM, BN, options = _attention_tile("query", dout)
@@ -1709,10 +1809,12 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, x, h, ve, e4m3, weights, rotary, mask):
         qkvo, gate, lambdas = weights
         T, C = x.shape
-        gates = F.linear(h[:, :GATE_CHANNELS], gate.value)
+        gate_h = h[:, :GATE_CHANNELS].contiguous()
+        gates = F.linear(gate_h, gate.value)
         qkv, end = qkv_forward(Normed(h, e4m3), qkvo, ve, lambdas, rotary)
         a = attention_forward(*qkv.unbind(1), gates, mask, rotary.scale)
-        ctx.save_for_backward(h, ve, gates, qkv, end.v_proj, end.factors, a.out, a.lse)
+        h = h if e4m3 is None else None  # which is then all that its product reads
+        ctx.save_for_backward(h, e4m3, gate_h, ve, gates, qkv, end.v_proj, end.factors, a.out, a.lse)
         ctx.rest = weights, rotary, mask
         w_o = qkvo.value.view(4, C, C)[3]
         if not getattr(x, "unsaved", False):
@@ -1722,7 +1824,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx):
-        h, ve, gates, qkv, v_proj, factors, out, lse = ctx.saved_tensors
+        h, e4m3, gate_h, ve, gates, qkv, v_proj, factors, out, lse = ctx.saved_tensors
         (qkvo, gate, lambdas), rotary, mask = ctx.rest
         (T, C), dx = dx.shape, dx.contiguous()
         dqkvo = qkvo.grad.view(4 * C, C)
@@ -1730,11 +1832,19 @@ class _Attention(torch.autograd.Function):
         dout = (dx @ qkvo.value.view(4, C, C)[3]).view_as(out)
         a = Attended(*qkv.unbind(1), gates, mask, rotary.scale, out, lse)
         end = QKVEnd(rotary.cos, rotary.sin, ve, lambdas, v_proj, factors)
-        dqkv, d = attention_backward(dout, a, end)
+        fp8 = e4m3 is not None
+        dqkv, d = attention_backward(dout, a, end, fp8)
         dqkv = dqkv.view(T, 3 * C)
-        add_product_(dqkvo[: 3 * C], dqkv.t(), h)
-        add_product_(gate.grad, d.gate.t(), h[:, :GATE_CHANNELS])
-        dh = dqkv @ qkvo.read.view(4 * C, C)[: 3 * C]
+        if fp8:
+            unit, h_t = BLOCK_GRAD_SCALE.value, transposed_in_words(e4m3)
+            add_fp8_product_(dqkvo[: 3 * C], transposed_in_words(dqkv), h_t, unit * normed_scale(C))
+            scales = constant(unit, dx.device), constant(WEIGHT_SCALE, dx.device)
+            w_qkv = qkvo.e4m3_t[:, : 3 * C].t()
+            dh = torch._scaled_mm(dqkv, w_qkv, *scales, out_dtype=dx.dtype, use_fast_accum=True)
+        else:
+            add_product_(dqkvo[: 3 * C], dqkv.t(), h)
+            dh = dqkv @ qkvo.value.view(4 * C, C)[: 3 * C]
+        add_product_(gate.grad, d.gate.t(), gate_h)
         dh[:, :GATE_CHANNELS].addmm_(d.gate, gate.value)
         return dx, dh, d.ve, None, None, None, None
 
@@ -1749,59 +1859,95 @@ def attention_fused_(x, h, qkvo: Weight, gate: Weight, lambdas: Weight, ve, rota
 # ------------------------------------------------------------------------------------------------------
 # MLP: `mlp`
 
-MLP_TILE = (128, 256, 128, 8, 3)  # rows, columns, depth in bytes, warps, stages: what an H100 holds
+# Rows, columns, depth in bytes, warps, stages: what an H100 holds. Words ask for 256 rows backward.
+MLP_TILE, MLP_BACKWARD_TILE = (128, 256, 128, 8, 3), (256, 128, 128, 8, 3)
 
 
 @triton.jit
-def _store_hidden(x, squares, out, wide, row, column, SCALE):
-    if squares is None:
-        x = tl.maximum(x * SCALE, 0.0)
-        out.store([row, column], tl.minimum(x * x, 448.0).to(out.dtype))  # the largest e4m3
-    else:
-        squares = squares.to(tl.float32)
-        wide.store([row, column], squares.to(wide.dtype))
-        out.store([row, column], (x * (2.0 * tl.sqrt(squares))).to(out.dtype))
+def _store_hidden(x, out, row, column, SCALE):
+    x = tl.maximum(x * SCALE, 0.0)
+    out.store([row, column], (x * x).to(out.dtype))
 
 
 @triton.jit
-def _mlp_kernel(a, b, out, hidden, wide, T, N, K, SCALE: tl.constexpr):
-    """out (T, N) = relu(SCALE a b^T)^2, in e4m3 as a (T, K) and b (N, K) are.
-
-    Given such a hidden (T, N), out is a b times the slope there, twice the root of hidden, for b (K, N); and
-    wide is hidden in their dtype.
-    """
-    BM: tl.constexpr = a.block_shape[0]
-    BK: tl.constexpr = a.block_shape[1]
-    BN: tl.constexpr = 2 * out.block_shape[1]
+def _mlp_kernel(h, weight, out, T, N, K, SCALE: tl.constexpr):
+    """out (T, N) = relu(SCALE h weight^T)^2, in e4m3 as h (T, K) and weight (N, K) are."""
+    BM: tl.constexpr = h.block_shape[0]
+    BK: tl.constexpr = h.block_shape[1]
+    BN: tl.constexpr = weight.block_shape[0]
     across = tl.cdiv(N, BN)
     # Flattened, so that the next tile loads while this one is stored.
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, tl.num_programs(0), flatten=True):
         row, column = tile // across * BM, tile % across * BN
         x = tl.zeros([BM, BN], tl.float32)
         for k in range(0, K, BK):
-            factor = tl.trans(b.load([column, k])) if hidden is None else b.load([k, column])
-            x = tl.dot(a.load([row, k]), factor, x, input_precision="ieee")
+            x = tl.dot(h.load([row, k]), tl.trans(weight.load([column, k])), x)
         # By halves, one after the other: so they are stored by way of half the shared memory.
         left, right = x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        low, high = None, None
-        if hidden is not None:
-            squares = hidden.load([row, column])  # one load, since each waits
-            low, high = squares.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        _store_hidden(left, low, out, wide, row, column, SCALE)
-        _store_hidden(right, high, out, wide, row, column + BN // 2, SCALE)
+        _store_hidden(left, out, row, column, SCALE)
+        _store_hidden(right, out, row, column + BN // 2, SCALE)
 
 
-def mlp_product(a: Tensor, b: Tensor, scale: float, hidden: Tensor | None = None) -> tuple:
-    """Run `_mlp_kernel`. Returns out and wide, which is None where no hidden is given."""
-    (T, K), N = a.shape, len(b) if hidden is None else b.size(1)
-    out = a.new_empty(T, N)
-    wide = None if hidden is None else torch.empty_like(out)
+@triton.jit
+def _store_hidden_gradient(x, squares, out, words_ptr, row, column, N, WORDS, SCALE):
+    BM: tl.constexpr = x.shape[0]
+    BN: tl.constexpr = x.shape[1]
+    squares = squares.to(tl.float32)
+    x *= tl.sqrt(squares) * (2 * SCALE)
+    out.store([row, column], x.to(out.dtype))
+    # Joined, for else hidden is loaded twice, the second time by single bytes.
+    both = tl.join(_e4m3_word(*_in_word_order(x)), _e4m3_word(*_in_word_order(squares)))
+    columns = column + tl.arange(0, BN)[None, :, None]
+    at = columns.to(tl.int64) * WORDS + row // 4 + tl.arange(0, BM // 4)[:, None, None]
+    at += tl.arange(0, 2)[None, None, :] * N.to(tl.int64) * WORDS
+    tl.store(words_ptr + at, both.reshape(BM // 4, BN, 2), mask=columns < N)
+
+
+@triton.jit
+def _mlp_backward_kernel(dy, weight, hidden, out, words_ptr, T, N, K, WORDS, SCALE: tl.constexpr):
+    """out (T, N) = SCALE dy weight^T times the slope of ReLU^2, twice the root of hidden, all in e4m3.
+
+    dy: (T, K); weight: (N, K). Out and hidden, transposed, go to words (2, N, WORDS).
+    """
+    BM: tl.constexpr = dy.block_shape[0]
+    BK: tl.constexpr = dy.block_shape[1]
+    BN: tl.constexpr = weight.block_shape[0]
+    across = tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, tl.num_programs(0), flatten=True):
+        row, column = tile // across * BM, tile % across * BN
+        x = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, K, BK):
+            x = tl.dot(dy.load([row, k]), tl.trans(weight.load([column, k])), x)
+        # By halves, as above; hidden at once, for each load waits.
+        left, right = x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        low, high = hidden.load([row, column]).reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        _store_hidden_gradient(left, low, out, words_ptr, row, column, N, WORDS, SCALE)
+        _store_hidden_gradient(right, high, out, words_ptr, row, column + BN // 2, N, WORDS, SCALE)
+
+
+def mlp_forward(h: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """relu(scale h weight^T)^2 in e4m3, as h (T, K) and weight (N, K) are: (T, N)."""
+    (T, K), N = h.shape, len(weight)
+    out = h.new_empty(T, N)
     BM, BN, BK, warps, stages = MLP_TILE
-    BK //= a.element_size()
-    tiles = [_descriptor(a, BM, BK), _descriptor(b, *((BN, BK) if hidden is None else (BK, BN)))]
-    tiles += [_descriptor(out, BM, BN // 2), _descriptor(hidden, BM, BN), _descriptor(wide, BM, BN // 2)]
-    _mlp_kernel[(programs(a),)](*tiles, T, N, K, SCALE=scale, num_warps=warps, num_stages=stages)
-    return out, wide
+    tiles = _descriptor(h, BM, BK), _descriptor(weight, BN, BK), _descriptor(out, BM, BN // 2)
+    _mlp_kernel[(programs(h),)](*tiles, T, N, K, SCALE=scale, num_warps=warps, num_stages=stages)
+    return out
+
+
+def mlp_backward(dy: Tensor, weight: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """scale dy weight^T times the slope of ReLU^2 at hidden (T, N), that transposed, and hidden: all in e4m3.
+
+    dy: (T, K); weight: (N, K). Transposes are (N, tokens) in the words' order.
+    """
+    K, (T, N) = dy.size(1), hidden.shape
+    out, words = torch.empty_like(hidden), empty_words(hidden, 2)
+    BM, BN, BK, warps, stages = MLP_BACKWARD_TILE
+    tiles = [_descriptor(dy, BM, BK), _descriptor(weight, BN, BK)]
+    tiles += [_descriptor(hidden, BM, BN), _descriptor(out, BM, BN // 2)]
+    options = {"SCALE": scale, "num_warps": warps, "num_stages": stages}
+    _mlp_backward_kernel[(programs(dy),)](*tiles, words, T, N, K, words.size(-1), **options)
+    return out, *words.view(out.dtype)
 
 
 class _MLP(torch.autograd.Function):
@@ -1813,20 +1959,24 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, h, e4m3, c_fc, c_proj):
-        hidden, _ = mlp_product(e4m3, c_fc.e4m3_t, normed_scale(h.size(1)) * WEIGHT_SCALE)
+        hidden = mlp_forward(e4m3, c_fc.e4m3_t, normed_scale(h.size(1)) * WEIGHT_SCALE)
         scales = constant(1.0, x.device), constant(WEIGHT_SCALE, x.device)
         y = torch._scaled_mm(hidden, c_proj.e4m3.t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
-        ctx.save_for_backward(h, hidden)
+        ctx.save_for_backward(e4m3, hidden)
         ctx.weights = c_fc, c_proj
         return x + y
 
     @staticmethod
     def backward(ctx, dx):
-        (h, hidden), (c_fc, c_proj), dx = ctx.saved_tensors, ctx.weights, dx.contiguous()
-        dhidden, hidden = mlp_product(dx, c_proj.dequantized, 1.0, hidden)
-        add_product_(c_proj.grad, dx.t(), hidden)
-        add_product_(c_fc.grad, h.t(), dhidden)
-        return dx, dhidden @ c_fc.dequantized.t(), None, None, None
+        (e4m3, hidden), (c_fc, c_proj) = ctx.saved_tensors, ctx.weights
+        unit = BLOCK_GRAD_SCALE.value
+        dy, dy_t = e4m3_and_transpose(dx.contiguous(), unit)
+        dhidden, dhidden_t, hidden_t = mlp_backward(dy, c_proj.e4m3_t, hidden, WEIGHT_SCALE)
+        add_fp8_product_(c_proj.grad, dy_t, hidden_t, unit)
+        add_fp8_product_(c_fc.grad, transposed_in_words(e4m3), dhidden_t, normed_scale(e4m3.size(1)) * unit)
+        scales = constant(unit, dx.device), constant(WEIGHT_SCALE, dx.device)
+        dh = torch._scaled_mm(dhidden, c_fc.e4m3.t(), *scales, out_dtype=dx.dtype, use_fast_accum=True)
+        return dx, dh, None, None, None
 
 
 @fused(mlp)
@@ -1845,7 +1995,7 @@ def mlp_fused(x: Tensor, h: Tensor | Normed, c_fc: Weight, c_proj: Weight) -> Te
 CAP = tl.constexpr(SOFTCAP / 2 / math.log(2))
 SLOPE = tl.constexpr(0.5 / SOFTCAP_SLOPE)
 GAIN = tl.constexpr(SOFTCAP / (4 * SOFTCAP_SLOPE))  # the softcap's slope at 0
-E5M2_GAIN = tl.constexpr(GAIN.value * (1 / GRAD_SCALE))
+E5M2_GAIN = tl.constexpr(GAIN.value * (1 / LOGIT_GRAD_SCALE))
 
 
 @triton.jit
@@ -1900,7 +2050,7 @@ def _e5m2_bytes(pair):
 
 @triton.jit
 def _loss_gradient(z_ptr, target_ptr, lse_ptr, dloss_ptr, rows, columns, T, V, FP8):
-    """The gradient of z at rows x columns, float32; for e5m2, over GRAD_SCALE and by the approximate tanh."""
+    """The gradient of z at rows x columns, float32; for e5m2 over LOGIT_GRAD_SCALE, by approximate tanh."""
     inside = (rows[:, None] < T) & (columns[None, :] < V)
     z = tl.load(z_ptr + rows[:, None] * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(lse_ptr + rows, mask=rows < T, other=0.0) - CAP
@@ -1950,7 +2100,7 @@ def cross_entropy_forward(z: Tensor, targets: Tensor, exact: bool) -> tuple[Tens
 
 
 def cross_entropy_backward(z, targets, lse, dloss, fp8: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradient of z (T, V) in its dtype; or in e5m2, divided by GRAD_SCALE, and its transpose.
+    """Gradient of z (T, V) in its dtype; or in e5m2, divided by LOGIT_GRAD_SCALE, and its transpose.
 
     lse is that of `cross_entropy_forward`, exact but for e5m2. For e5m2, T must be a multiple of 4.
     """
@@ -1990,7 +2140,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, targets, h_e4m3, e4m3, e4m3_t):
-        scales = [constant(x, h.device) for x in (normed_scale(h.size(1)), WEIGHT_SCALE, GRAD_SCALE)]
+        scales = [constant(x, h.device) for x in (normed_scale(h.size(1)), WEIGHT_SCALE, LOGIT_GRAD_SCALE)]
         z = torch._scaled_mm(h_e4m3, e4m3.t(), *scales[:2], out_dtype=torch.bfloat16, use_fast_accum=True)
         loss, lse = cross_entropy_forward(z, targets, exact=False)
         ctx.z = z  # not a saved tensor: the largest of all, it goes before the products of the backward pass
@@ -2014,7 +2164,7 @@ def head_loss_fused(h: Tensor, lm_head: Weight, targets: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and in_fp8(h.device, "head")):
         return run_definition(head_loss, h, lm_head, targets)
     if lm_head.e4m3 is None:  # some other table stands in for the head
-        lm_head = lm_head._replace(**fp8_copies(lm_head.value.detach(), FP8_COPIES["lm_head"]))
+        lm_head = lm_head._replace(**fp8_copies(lm_head.value.detach(), 1))
     h_e4m3 = call_compiled(to_e4m3, h.detach(), normed_scale(h.size(1)))
     return _HeadLoss.apply(h, lm_head.value, targets, h_e4m3, lm_head.e4m3, lm_head.e4m3_t)
 
@@ -2228,18 +2378,20 @@ class Bank:
             if world.shared:
                 p.register_post_accumulate_grad_hook(self._grad_accumulated)
             start = end
-        self.fp8_copies = {}  # by parameter, which has them too
+        self.fp8_copies = {}  # by parameter, which has them too: (matrices, copies by name)
         for name, p in parameters.items():
             kind = kind_of(name)
-            if kind in FP8_COPIES and in_fp8(world.device, "head" if kind == "lm_head" else "blocks"):
-                self.fp8_copies[p] = p.fp8_copies = dict.fromkeys(FP8_COPIES[kind])
+            if kind in FP8_WEIGHTS and in_fp8(world.device, "head" if kind == "lm_head" else "blocks"):
+                p.fp8_copies = {}
+                self.fp8_copies[p] = FP8_WEIGHTS[kind], p.fp8_copies
 
     @torch.no_grad()
     def quantize(self, p: nn.Parameter):
         """Make a parameter's FP8 copies, if it has any, or renew them in place, as a CUDA graph needs."""
-        if kept := self.fp8_copies.get(p):
-            for name, made in fp8_copies(p.detach(), tuple(kept)).items():
-                kept[name] = made if kept[name] is None else kept[name].copy_(made)
+        if p in self.fp8_copies:
+            matrices, kept = self.fp8_copies[p]
+            for name, made in fp8_copies(p.detach(), matrices).items():
+                kept.setdefault(name, made).copy_(made)
 
     def require_grad_sync(self):
         """Before the last forward pass of a step: reduce each chunk as soon as its gradients are whole.
@@ -2856,7 +3008,7 @@ def describe_machine(world: World) -> str:
         head = "fp8 in training, bf16 in validation"
     blocks = str(world.dtype)[6:]
     if in_fp8(world.device, "blocks"):
-        blocks = "forward products of q, k, v and the MLPs fp8 in training, all else bf16"
+        blocks = "products of q, k, v and the MLPs fp8 in training, all else bf16"
     repeats = "deterministic: the same settings give the same bits"
     if gpu:
         repeats = (

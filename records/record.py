@@ -1602,7 +1602,7 @@ PARTS = {
     "embeddings": r"scatter_add|index_add|embedding",
     "products": r"^_\w*mlp|nvjet|gemm|cutlass|cublas|splitK|mm$",
     "mixing and norms": r"^_\w*(mix|norm(?!uon))|rms_norm",
-    "copies": r"Memcpy|Memset|copy_",
+    "copies": r"Memcpy|Memset|copy_|_transpose_kernel",
     "other": r"",
 }
 

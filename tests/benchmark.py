@@ -216,17 +216,25 @@ def benchmark_mlp(table: Table):
     h, dout = g.rms_norm(random(T, WIDTH)), random(T, WIDTH)
     c_fc, c_proj = (0.03 * random(WIDTH, 4 * WIDTH) for _ in range(2))
     h_e4m3 = g.to_e4m3(h, g.normed_scale(WIDTH))
-    c_fc_t = g.to_e4m3(c_fc.t().contiguous(), g.WEIGHT_SCALE)
-    scale = g.normed_scale(WIDTH) * g.WEIGHT_SCALE
-    ours = functools.partial(g.mlp_product, h_e4m3, c_fc_t, scale)
-    hidden, _ = ours()
+    c_fc_t, c_proj_t = (g.to_e4m3(w.t().contiguous(), g.WEIGHT_SCALE) for w in (c_fc, c_proj))
+    ours = functools.partial(g.mlp_forward, h_e4m3, c_fc_t, g.normed_scale(WIDTH) * g.WEIGHT_SCALE)
+    hidden = ours()
     inward = torch.compile(lambda h, w: torch.relu(h @ w).square())
     slope = torch.compile(lambda dout, w, hidden: (dout @ w) * (2 * hidden.sqrt()))
     squares, flops, size = inward(h, c_fc), 2 * T * WIDTH * 4 * WIDTH, h.nbytes + c_fc.nbytes
     table.row("relu(h c_fc)^2, e4m3", ours, lambda: inward(h, c_fc), flops / 2, size // 2 + hidden.nbytes)
-    back = functools.partial(g.mlp_product, dout, c_proj, 1.0, hidden)
+    rounding = functools.partial(g.e4m3_and_transpose, dout, 1 / 16)
+    dy, dy_t = rounding()
+    rounded = torch.compile(lambda x: ((e4m3 := g.to_e4m3(x, 1 / 16)), e4m3.t().contiguous()))
+    table.row("a gradient in e4m3, and transposed", rounding, lambda: rounded(dout), 0, 2 * dout.nbytes)
+    back = functools.partial(g.mlp_backward, dy, c_proj_t, hidden, g.WEIGHT_SCALE / 8)
     plain = functools.partial(slope, dout, c_proj, squares)
-    table.row("its gradient, and it in bf16", back, plain, flops, size + 5 * hidden.nbytes)
+    table.row("its gradient, and both transposed", back, plain, flops / 2, size // 2 + 4 * hidden.nbytes)
+    hidden_t, grad = back()[2], torch.zeros_like(c_proj)
+    ours = functools.partial(g.add_fp8_product_, grad, dy_t, hidden_t, 1.0)
+    plain = functools.partial(grad.addmm_, dout.t(), squares)
+    size = dy.nbytes + hidden.nbytes + 2 * grad.nbytes
+    table.row("the gradient of c_proj", ours, plain, flops / 2, size)
 
 
 def benchmark_products(table: Table):
@@ -246,7 +254,7 @@ def attention_launches(name: str) -> list:
     h, qkvo, ve, gate, lambdas, rotary = attention_inputs()
     weight = g.Weight(lambdas, torch.zeros_like(lambdas))
     qkv, end = g.qkv_forward(g.Normed(h), g.Weight(qkvo), ve, weight, rotary)
-    dout = random(T, HEADS, HEAD_DIM)
+    dout, fp8 = random(T, HEADS, HEAD_DIM), g.in_fp8(h.device, "blocks")
     launches = []
     for window in WINDOWS:
         given = (*qkv.unbind(1), gate, document_mask(window), rotary.scale)
@@ -254,7 +262,7 @@ def attention_launches(name: str) -> list:
             launches.append(functools.partial(g.attention_forward, *given))
         else:
             a = g.attention_forward(*given)
-            launches.append(functools.partial(g.attention_backward, dout, a, end))
+            launches.append(functools.partial(g.attention_backward, dout, a, end, fp8))
     return launches
 
 

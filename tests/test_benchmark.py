@@ -82,11 +82,12 @@ def test_every_row_runs(monkeypatch, capsys):
     monkeypatch.setattr(benchmark.Table, "__init__", lambda table: vars(table).update(ceilings))
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(train_gpt, "MLP_TILE", (32, 64, 64, 4, 2))
+    monkeypatch.setattr(train_gpt, "MLP_BACKWARD_TILE", (256, 32, 64, 4, 2))
     table = benchmark.Table()
     for name in ("attention", "head", "mix_norm", "mlp", "products"):
         getattr(benchmark, f"benchmark_{name}")(table)
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 17 and sum("W = 20" in row for row in rows) == 4
+    assert len(rows) == 19 and sum("W = 20" in row for row in rows) == 4
     assert sum(row.startswith("flash_attention") for row in rows) == 2
 
 

@@ -19,8 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import train_gpt as g
 
-INTEGERS = ("T", "V", "C", "N", "K", "QUADS")
+INTEGERS = ("T", "V", "C", "N", "K", "QUADS", "WORDS")
 INTEGER_POINTERS = ("target_ptr", "tokens_ptr", "words_ptr")
+E4M3 = "fp8e4nv"
 FLOAT_POINTERS = (
     *("lse_ptr", "loss_ptr", "dloss_ptr", "table_ptr", "lambdas_ptr", "factor_ptr"),
 )
@@ -37,6 +38,7 @@ TYPES |= {"lambdas": LAMBDAS, "h": g.Normed(NARROW, "*fp8e4nv")}
 UNGATED = {"a": GATED._replace(gate=None)}
 PLAIN = UNGATED | {"end": g.QKVEnd(), "d": GRADIENTS._replace(gate=None, ve=None)}
 WITHOUT_VE = {"end": MIXED._replace(ve=None), "d": GRADIENTS._replace(ve=None)}
+IN_E4M3 = {"d": GRADIENTS._replace(**dict.fromkeys("qkv", "*fp8e4nv"))}
 NORM = {"BLOCK": 1024}
 ALONE = {"x0_ptr": None, "lambdas": None}
 IN_BF16 = {"h": g.Normed(NARROW)}
@@ -63,14 +65,22 @@ def qkv(kind, depth, constants=None):
     return {"SCALE": 1.0, "H": 6} | (constants or {}), types, warps, stages
 
 
-def mlp(backward):
+def mlp():
     BM, BN, BK, warps, stages = g.MLP_TILE
-    kind, BK = ("bf16", BK // 2) if backward else ("fp8e4nv", BK)
-    constants = {"SCALE": 1.0} if backward else {"SCALE": 1.0, "hidden": None, "wide": None}
-    b = (BK, BN) if backward else (BN, BK)
-    types = {"a": descriptor(kind, BM, BK), "b": descriptor(kind, *b), "out": descriptor(kind, BM, BN // 2)}
-    types |= {"wide": descriptor("bf16", BM, BN // 2), "hidden": descriptor("fp8e4nv", BM, BN)}
-    return constants, types, warps, stages
+    types = {"h": descriptor(E4M3, BM, BK), "weight": descriptor(E4M3, BN, BK)}
+    return {"SCALE": 1.0}, types | {"out": descriptor(E4M3, BM, BN // 2)}, warps, stages
+
+
+def mlp_backward():
+    BM, BN, BK, warps, stages = g.MLP_BACKWARD_TILE
+    types = {"dy": descriptor(E4M3, BM, BK), "weight": descriptor(E4M3, BN, BK)}
+    types |= {"hidden": descriptor(E4M3, BM, BN), "out": descriptor(E4M3, BM, BN // 2)}
+    return {"SCALE": 1.0}, types, warps, stages
+
+
+def transpose(constants, types):
+    BM, BN, warps = g.TRANSPOSE_TILE
+    return g._transpose_kernel, {"SCALE": 1.0, "BM": BM, "BN": BN} | constants, types, warps, 3
 
 
 def loss_backward(constants, types):
@@ -88,12 +98,16 @@ KERNELS = {
     "forward": (g._attention_forward_kernel, *attention("forward")),
     "forward alone": (g._attention_forward_kernel, *attention("forward", UNGATED)),
     "query": (g._attention_query_kernel, *attention("query")),
+    "query fp8": (g._attention_query_kernel, *attention("query", IN_E4M3)),
     "query alone": (g._attention_query_kernel, *attention("query", PLAIN, stride=768)),
     "key": (g._attention_key_kernel, *attention("key")),
+    "key fp8": (g._attention_key_kernel, *attention("key", IN_E4M3)),
     "key without ve": (g._attention_key_kernel, *attention("key", WITHOUT_VE)),
     "key alone": (g._attention_key_kernel, *attention("key", PLAIN, stride=768)),
-    "mlp": (g._mlp_kernel, *mlp(False)),
-    "mlp backward": (g._mlp_kernel, *mlp(True)),
+    "mlp": (g._mlp_kernel, *mlp()),
+    "mlp backward": (g._mlp_backward_kernel, *mlp_backward()),
+    "transpose": transpose({"out_ptr": None}, {"x_ptr": "*u8"}),
+    "transpose to e4m3": transpose({}, {"out_ptr": "*fp8e4nv"}),
     "loss": (g._loss_kernel, {"EXACT": False, "BLOCK": 2048}, {}, 4, 3),
     "loss exact": (g._loss_kernel, {"EXACT": True, "BLOCK": 2048}, {}, 4, 3),
     "loss backward fp8": loss_backward({}, {"dz_ptr": "*u8"}),
@@ -157,12 +171,13 @@ print(json.dumps({name: compile_kernel(*KERNELS[name]) for name in sys.argv[1:]}
 # By process: to start one takes longer than to compile a kernel.
 PRODUCTS = (
     ("qkv", "qkv fp8", "qkv fp8 without ve"),
-    ("forward", "forward alone", "query", "query alone"),
-    ("key", "key without ve", "key alone"),
+    ("forward", "forward alone", "query", "query fp8", "query alone"),
+    ("key", "key fp8", "key without ve", "key alone"),
     ("mlp", "mlp backward"),
 )
 OTHERS = (
     ("loss", "loss exact", "loss backward fp8", "loss backward bf16"),
+    ("transpose", "transpose to e4m3"),
     ("mix_norm", "mix_norm bf16", "norm", "norm bf16"),
     ("mix_norm backward", "mix_norm backward first", "norm backward", "scatter"),
 )

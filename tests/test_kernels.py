@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_gpt
-from train_gpt import FP8_COPIES, WEIGHT_SCALE, Mask, Normed, Operator, Weight, normed_scale, to_e4m3
+from train_gpt import WEIGHT_SCALE, Mask, Normed, Operator, Weight, normed_scale, to_e4m3
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32 = (torch.float32, 1e-5)
@@ -43,6 +43,7 @@ def small_tiles(monkeypatch):
     """Tiles of the MLP that suit the interpreter; a GPU keeps its own."""
     if DEVICE == "cpu":
         monkeypatch.setattr(train_gpt, "MLP_TILE", (32, 64, 64, 4, 2))
+        monkeypatch.setattr(train_gpt, "MLP_BACKWARD_TILE", (256, 32, 64, 4, 2))
 
 
 @pytest.fixture
@@ -262,7 +263,7 @@ def test_a_fused_version_gets_handles(operators):
     (first, handle), (second, bare) = seen
     assert first is x and isinstance(second, Normed)
     assert handle.value is p and handle.grad is p.grad and handle.e4m3 is p.fp8_copies["e4m3"]
-    assert not p.grad.any() and bare == (p, None, None, None, None)
+    assert not p.grad.any() and bare == (p, None, None, None)
 
 
 def test_an_unfused_operator_runs_as_it_stands(operators):
@@ -317,13 +318,13 @@ def test_mix_norm(T, C, dtype, tolerance):
 
 
 def test_mix_norm_fp8(train_in_fp8):
-    """The e4m3 copy is the norm rounded, and so is what goes beside it, exactly; in training alone."""
+    """Beside the norm there is its e4m3 copy, in training alone."""
     train_in_fp8("blocks")
     x, x0 = torch.randn(33, 80), torch.randn(33, 80)
     lambdas = train_gpt.weight_handle(make_lambdas())
     for mixed, normed in (train_gpt.mix_norm_fused(x, x0, lambdas), train_gpt.norm_fused(x)):
-        assert torch.equal(normed.e4m3.float() * normed_scale(80), normed.value)
-        assert 1e-3 < relative(normed.value, train_gpt.rms_norm(mixed)) < 0.03
+        assert relative(normed.value, train_gpt.rms_norm(mixed)) < 1e-6
+        assert torch.equal(normed.e4m3.float(), to_e4m3(normed.value, normed_scale(80)).float())
     with torch.no_grad():
         for mixed, normed in (train_gpt.mix_norm_fused(x, x0, lambdas), train_gpt.norm_fused(x)):
             assert normed.e4m3 is None and relative(normed.value, train_gpt.rms_norm(mixed)) < 1e-6
@@ -640,46 +641,150 @@ def test_attention_at_the_records_width(dtype, tolerance):
     check(found, exact_passes(train_gpt.attention_, args, douts), 3 * tolerance)
 
 
+def test_attention_gradients_keep_within_e4m3():
+    """Over their scale in FP8, and what is beyond its range becomes its largest number."""
+    torch.manual_seed(0)
+    h, qkvo, ve, gate, lambdas, rotary = attention_inputs(77, 2, 32)
+    qkv, end = train_gpt.qkv_forward(Normed(h), Weight(qkvo), ve, train_gpt.weight_handle(lambdas), rotary)
+    a = train_gpt.attention_forward(*qkv.unbind(1), gate, make_mask([40, 37], 77, 30), rotary.scale)
+    dout = 100 * torch.randn(77, 2, 32)
+    exact, _ = train_gpt.attention_backward(dout, a, end)
+    rounded, _ = train_gpt.attention_backward(dout, a, end, fp8=True)
+    wanted = (exact / train_gpt.BLOCK_GRAD_SCALE.value).clamp(-448, 448)
+    assert rounded.dtype == torch.float8_e4m3fn and rounded.float().abs().max() == 448
+    assert torch.allclose(rounded.float(), wanted, rtol=1 / 15, atol=2**-9)
+
+
+@pytest.mark.parametrize("name, places, matrices", [("attention_", [2], 4), ("mlp", [2, 3], 1)])
+def test_fp8_with_a_gradient_of_any_strides(name, places, matrices):
+    """One that is no contiguous matrix, as that of a sum, is read as what it is."""
+    torch.manual_seed(0)
+    args, _ = operator_cases()[name]
+    found = []
+    for dout in (torch.full((1, 1), 0.05).expand(37, 48), torch.full((37, 48), 0.05)):
+        given = [cast(a, torch.float32) for a in args]
+        for i in places:
+            given[i].fp8_copies = train_gpt.fp8_copies(given[i].detach(), matrices)
+        given = [train_gpt.weight_handle(a) if isinstance(a, nn.Parameter) else a for a in given]
+        found.append(passes(getattr(train_gpt, name).fused, given, [dout]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------------
 # MLP
 
 
-@pytest.mark.parametrize("T, width, hidden", [(144, 64, 288), (129, 80, 96), (1, 32, 64)])
-@pytest.mark.parametrize("dtype, tolerance", [FLOAT32, BF16])
-def test_mlp_product(T, width, hidden, dtype, tolerance):
-    """Hidden units are those of the e4m3 operands, rounded; their gradient is exact for what they became."""
-    if DEVICE == "cuda" and dtype == torch.float32:
-        pytest.skip("a tile of float32 does not fit the shared memory; a GPU trains in bf16")
+def same(a, b):
+    """Whether all numbers are the same, or none at all in the same places."""
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def in_word_order(x):
+    """The transpose of a matrix of tokens in FP8, with zeros to whole blocks, in the words' order."""
+    padded = torch.zeros(-(-len(x) // 256) * 256, x.size(1))
+    padded[: len(x)] = x.float()
+    # Of a token's number, 128 i + 16 w + 8 h + r, the word is (w, r), and its byte (i, h).
+    return padded.unflatten(0, (-1, 2, 8, 2, 8)).permute(5, 0, 2, 4, 1, 3).flatten(1)
+
+
+@pytest.mark.parametrize("T, width", [(512, 128), (300, 48), (1, 160)])
+def test_fp8_transposes(T, width):
+    """A matrix over a scale in e4m3 and that transposed, what is too large at the bounds; and one in FP8."""
     torch.manual_seed(T)
-    h = train_gpt.rms_norm(torch.randn(T, width).to(dtype))
-    c_fc, c_proj = 0.1 * torch.randn(width, hidden).to(dtype), torch.randn(width, hidden).to(dtype)
-    dy = torch.randn(T, width).to(dtype)
-    check_mlp_kernels(h, c_fc, c_proj, dy, tolerance)
+    x = torch.randn(T, width).bfloat16()
+    x[0, :3] = torch.tensor([1e4, -1e4, float("nan")])
+    e4m3, transpose = train_gpt.e4m3_and_transpose(x, 2.0**-5)
+    assert same(e4m3, to_e4m3(x, 2.0**-5)) and e4m3[0, :2].tolist() == [448, -448]
+    assert same(transpose, in_word_order(e4m3))
+    assert same(train_gpt.transposed_in_words(e4m3), transpose)
 
 
-def check_mlp_kernels(h, c_fc, c_proj, dy, tolerance):
-    """Compare both kernels with products in float64."""
+@pytest.mark.parametrize("T, width, hidden", [(288, 64, 272), (129, 80, 96), (1, 32, 64)])
+def test_mlp_kernels(T, width, hidden):
+    """Hidden units and their gradient are those of the e4m3 operands, rounded, and so are transposes."""
+    torch.manual_seed(T)
+    h = train_gpt.rms_norm(torch.randn(T, width))
+    c_fc, c_proj = 0.1 * torch.randn(width, hidden), 0.3 * torch.randn(width, hidden)
+    check_mlp_kernels(h, c_fc, c_proj, torch.randn(T, width))
+
+
+def check_mlp_kernels(h, c_fc, c_proj, dy):
+    """Compare the kernels with products in float64."""
     scale = normed_scale(h.size(1))
-    h_e4m3, c_fc_t = to_e4m3(h, scale), to_e4m3(c_fc.t().contiguous(), WEIGHT_SCALE)
-    squares, _ = train_gpt.mlp_product(h_e4m3, c_fc_t, scale * WEIGHT_SCALE)
-    wanted = torch.relu((h_e4m3.double() * scale) @ (c_fc_t.double() * WEIGHT_SCALE).t()).square()
+    h, dy = to_e4m3(h, scale), to_e4m3(dy, 2.0**-5)
+    c_fc_t, c_proj_t = (to_e4m3(w.t().contiguous(), WEIGHT_SCALE) for w in (c_fc, c_proj))
+    squares = train_gpt.mlp_forward(h, c_fc_t, scale * WEIGHT_SCALE)
+    wanted = torch.relu((h.double() * scale) @ (c_fc_t.double() * WEIGHT_SCALE).t()).square()
     assert squares.dtype == torch.float8_e4m3fn
     assert torch.allclose(squares.double(), wanted, rtol=1 / 15, atol=2**-9)
     assert relative(squares, wanted) < 0.04
-    dhidden, wide = train_gpt.mlp_product(dy, c_proj, 1.0, squares)
-    assert torch.equal(wide, squares.to(h.dtype))
-    wanted = (dy.double() @ c_proj.double()) * 2 * squares.double().sqrt()
-    assert relative(dhidden, wanted) < tolerance
+    dhidden, dhidden_t, squares_t = train_gpt.mlp_backward(dy, c_proj_t, squares, WEIGHT_SCALE / 8)
+    wanted = (dy.double() @ c_proj_t.double().t()) * (WEIGHT_SCALE / 4) * squares.double().sqrt()
+    assert wanted.abs().max() < 448 and wanted.std() > 1  # nothing is cut off, little is below e4m3's range
+    assert torch.allclose(dhidden.double(), wanted, rtol=1 / 15, atol=2**-9)
+    for x, found in ((dhidden, dhidden_t), (squares, squares_t)):
+        assert found.dtype == torch.float8_e4m3fn and torch.equal(found.float(), in_word_order(x))
+    for a, x, b, y in (
+        (train_gpt.transposed_in_words(dy), dy, squares_t, squares),
+        (train_gpt.transposed_in_words(h), h, dhidden_t, dhidden),
+    ):
+        grad = torch.ones(len(a), len(b))
+        train_gpt.add_fp8_product_(grad, a, b, 2.0**-7)
+        wanted = 2.0**-7 * x.double().t() @ y.double()
+        # A GPU sums exactly; the fast sums of FP8 products have 13 bits or so.
+        assert relative(grad - 1, wanted) < (2e-3 if grad.is_cuda else 1e-5)
+
+
+def test_weight_gradients_sum_exactly(monkeypatch):
+    seen, product = [], torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **o: seen.append(o) or product(*a, **o))
+    a = torch.ones(16, 256).to(torch.float8_e4m3fn)
+    train_gpt.add_fp8_product_(torch.zeros(16, 16), a, a, 1.0)
+    assert [options.get("use_fast_accum", False) for options in seen] == [False]
+
+
+def sparse(path, *shape):
+    """An int32 tensor of zeros that takes room only where it is written."""
+    size = torch.Size(shape).numel()
+    with open(path, "wb") as file:
+        file.truncate(4 * size)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.int32).view(shape)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="takes a file for memory")
+def test_words_beyond_32_bits(tmp_path, monkeypatch):
+    """Of transposes with more than 2^31 words each goes where it belongs, by both kernels."""
+    count = 2**26  # words a column, of which the first 64 are written
+    sizes = (256, 32), (48, 32), (256, 48)
+    dy, weight, hidden = (torch.rand(*size).to(torch.float8_e4m3fn) for size in sizes)
+    _, *wanted = train_gpt.mlp_backward(dy, weight, hidden, 1.0)
+    monkeypatch.setattr(train_gpt, "empty_words", lambda x, n: sparse(tmp_path / "two", n, x.size(1), count))
+    _, *found = train_gpt.mlp_backward(dy, weight, hidden, 1.0)
+    assert all(torch.equal(a[:, :256].float(), b.float()) for a, b in zip(found, wanted, strict=True))
+    words = sparse(tmp_path / "one", 48, count)
+    given = hidden.view(torch.uint8), None, words, 256, 48, count
+    train_gpt._transpose_kernel[1, 1](*given, SCALE=1.0, BM=64, BN=64)
+    assert torch.equal(words[:, :64].contiguous().view(hidden.dtype).float(), in_word_order(hidden))
+
+
+def test_mlp_backward_keeps_within_e4m3():
+    """What is beyond its range becomes its largest number, in the transpose too."""
+    dy, weight = torch.full((16, 32), 100.0), torch.full((64, 32), 100.0)
+    weight[1::2] *= -1
+    made = [t.to(torch.float8_e4m3fn) for t in (dy, weight, torch.ones(16, 64))]
+    dhidden, dhidden_t, _ = train_gpt.mlp_backward(*made, 1.0)
+    wanted = torch.tensor([448.0, -448.0]).repeat(16, 32)
+    assert torch.equal(dhidden.float(), wanted) and torch.equal(dhidden_t.float(), in_word_order(wanted))
 
 
 def test_mlp_kernels_at_the_records_width(monkeypatch):
-    """With the tile that an H100 has, which does not divide T."""
+    """With the tiles that an H100 has, which do not divide T."""
     if DEVICE == "cpu":
         monkeypatch.undo()
     torch.manual_seed(4)
     h = train_gpt.rms_norm(torch.randn(150, 768)).bfloat16()
     c_fc, c_proj = (0.02 * torch.randn(768, 3072).bfloat16() for _ in range(2))
-    check_mlp_kernels(h, c_fc, c_proj, torch.randn(150, 768).bfloat16(), 1e-2)
+    check_mlp_kernels(h, c_fc, 5 * c_proj, torch.randn(150, 768).bfloat16())
 
 
 def test_normed_scale():
@@ -758,10 +863,10 @@ def test_loss_fp8_gradient_and_its_transpose():
     dz, dzt = train_gpt.cross_entropy_backward(z, targets, lse, torch.ones(140), fp8=True)
     assert dz.dtype == dzt.dtype == torch.float8_e5m2
     assert torch.equal(dz.float(), dzt.float().t())
-    rounded = (wanted / train_gpt.GRAD_SCALE).half().to(torch.float8_e5m2).float()
+    rounded = (wanted / train_gpt.LOGIT_GRAD_SCALE).half().to(torch.float8_e5m2).float()
     limit = 0.01 if DEVICE == "cuda" else 1e-3  # where one is next to the middle of two
     assert (dz.float() != rounded).float().mean() < limit
-    assert relative(dz.float() * train_gpt.GRAD_SCALE, wanted) < 0.1  # e5m2 has two bits of mantissa
+    assert relative(dz.float() * train_gpt.LOGIT_GRAD_SCALE, wanted) < 0.1  # e5m2 has two bits of mantissa
 
 
 @pytest.mark.parametrize(
@@ -782,7 +887,7 @@ def test_head_loss(T, fp8, copies, loss_tolerance, tolerance, operators, train_i
     wanted = plain_loss(exact_h @ exact_p.t(), targets)
     wanted.sum().backward()
     if copies:
-        p.fp8_copies = train_gpt.fp8_copies(p.detach(), FP8_COPIES["lm_head"])
+        p.fp8_copies = train_gpt.fp8_copies(p.detach(), 1)
     loss = train_gpt.head_loss_fused(h, train_gpt.weight_handle(p), targets)
     loss.sum().backward()
     assert relative(loss, wanted) < loss_tolerance and p.grad.dtype == torch.float32
@@ -889,7 +994,7 @@ def compare_blocks(mixed, paths, fp8, unfused=()):
     for gate in block.gate:
         gate.data = torch.randn_like(gate)
     block.to(DEVICE)
-    inputs = [torch.randn(T, width) for _ in range(3)], torch.randn(T, width), mixed
+    inputs = [torch.randn(T, width) for _ in range(3)], 0.02 * torch.randn(T, width), mixed
     inputs += make_rotary(T, 32), make_mask([40, 56], T, 30)
     wanted = run_block(in_float64(make, block), *inputs, torch.float64, "cpu")
     in_banks(block)
@@ -897,8 +1002,8 @@ def compare_blocks(mixed, paths, fp8, unfused=()):
     found = run_block(block, *inputs, dtype, DEVICE)
     assert found.keys() == wanted.keys() and len(found) > 4
     for name, exact in wanted.items():
-        # Lambdas and gates are few sums, of which no rounding averages out; the next test has no rounding.
-        rounded = 0.2 if exact.numel() < 64 else 0.08
+        # Lambdas and gates are few sums, of which no rounding averages out; kernels have tests without it.
+        rounded = 0.4 if name == "lambdas" else 0.15 if "gate" in name else 0.1
         if exact.norm() == 0:
             assert not found[name].any(), name
         else:
@@ -910,6 +1015,7 @@ BLOCKS = [
     (False, (1, 1), False),
     (True, (1, 1), True),
     (True, (2, 2), False),
+    (True, (2, 2), True),
     (False, (0, 1), True),
     (True, (1, 0), True),
 ]
@@ -920,6 +1026,14 @@ def test_block(mixed, paths, fp8, operators, train_in_fp8):
     """A layer by its kernels: output and gradients, added to what was there, are the definitions'."""
     train_in_fp8(*["blocks"] * fp8)
     compare_blocks(mixed, paths, fp8)
+
+
+@pytest.mark.parametrize("in_fp8", [{"qkvo": 4}, {"c_fc": 1, "c_proj": 1}])
+def test_block_of_which_a_part_is_in_fp8(in_fp8, operators, train_in_fp8, monkeypatch):
+    """A weight without FP8 copies keeps its products in their dtype, whatever activations have."""
+    train_in_fp8("blocks")
+    monkeypatch.setattr(train_gpt, "FP8_WEIGHTS", in_fp8)
+    compare_blocks(True, (1, 1), True)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -984,27 +1098,29 @@ def test_model(fp8, operators, train_in_fp8, monkeypatch):
 
 
 def test_fp8_gradients_are_those_of_what_the_products_read():
-    """Both kinds of path, with e4m3 copies far from the weights: the definitions' with the copies' values."""
-    dtype, tolerance = (torch.bfloat16, 3e-2) if DEVICE == "cuda" else (torch.float32, 1e-4)
+    """Both kinds of path, with e4m3 copies far from the weights: the definitions' with the copies' values.
+
+    Gradients of the MLP and of q, k and v are rounded to e4m3 besides, by 2.5 % or so.
+    """
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     torch.manual_seed(0)
     T, heads, width = 96, 2, 64
-    x, dout = leaf(T, width), torch.randn(T, width)
+    x, dout = leaf(T, width), 0.05 * torch.randn(T, width)
     scale = normed_scale(width)
     h_e4m3 = to_e4m3(train_gpt.rms_norm(torch.randn(T, width)), scale)
     h = (h_e4m3.float() * scale).requires_grad_()
     e4m3 = [to_e4m3(0.1 * torch.randn(width, 4 * width), WEIGHT_SCALE) for _ in range(3)]
     values = [t.float() * WEIGHT_SCALE for t in e4m3]
-    off = [nn.Parameter(1.05 * t) for t in values]  # what the weights are, beside what is read of them
+    off = [nn.Parameter(1.3 * t) for t in values]  # what the weights are, beside what is read of them
     o_off = torch.cat([values[0].view(4, -1)[:3], off[0].detach().view(4, -1)[3:]])  # O is not in e4m3
     gate, lambdas, rotary = weight(heads, 12), make_lambdas(), make_rotary(T, 32)
     mask = make_mask([40, 56], T, 30)
 
-    def copies(i, *names):
-        made = {"e4m3": e4m3[i], "e4m3_t": e4m3[i].t().contiguous(), "dequantized": values[i].to(dtype)}
-        return {name: made[name] for name in names}
+    def with_copies(w, i, columns):
+        return w._replace(e4m3=e4m3[i], e4m3_t=e4m3[i].view(-1, columns).t().contiguous())
 
     def attend(x, h, qkvo, gate, lambdas):
-        qkvo = qkvo._replace(**copies(0, "e4m3", "dequantized"))
+        qkvo = with_copies(qkvo, 0, width)
         turned = cast(rotary, dtype)
         return train_gpt.attention_fused_(x, Normed(h, h_e4m3), qkvo, gate, lambdas, None, turned, mask)
 
@@ -1013,8 +1129,7 @@ def test_fp8_gradients_are_those_of_what_the_products_read():
         return train_gpt.attention_.definition(x, h, qkvo, gate, lambdas, None, *rest)
 
     def transform(x, h, c_fc, c_proj):
-        c_fc = c_fc._replace(**copies(1, "e4m3_t", "dequantized"))
-        c_proj = c_proj._replace(**copies(2, "e4m3", "dequantized"))
+        c_fc, c_proj = with_copies(c_fc, 1, 4 * width), with_copies(c_proj, 2, 4 * width)
         return train_gpt.mlp_fused(x, Normed(h, h_e4m3), c_fc, c_proj)
 
     class Rounded(torch.autograd.Function):
@@ -1039,4 +1154,4 @@ def test_fp8_gradients_are_those_of_what_the_products_read():
         (mlp, off[1:], read[1:]),
     ):
         found = fused_passes(operator, [x, h, *ours], [dout], dtype)
-        check(found, exact_passes(operator, [x, h, *theirs], [dout]), tolerance)
+        check(found, exact_passes(operator, [x, h, *theirs], [dout]), 4e-2)

@@ -190,7 +190,8 @@ def test_warm_up_leaves_fp8_copies(steps, tmp_path, monkeypatch):
     with_copies = [p for p in trainer.model.parameters() if hasattr(p, "fp8_copies")]
     assert trainer.model.lm_head.weight in set(with_copies)
     for p in with_copies:
-        for name, fresh in train_gpt.fp8_copies(p.detach(), tuple(p.fp8_copies)).items():
+        matrices, _ = p.bank.fp8_copies[p]
+        for name, fresh in train_gpt.fp8_copies(p.detach(), matrices).items():
             assert torch.equal(p.fp8_copies[name].float(), fresh.float()), name
 
 

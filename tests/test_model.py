@@ -274,47 +274,44 @@ def give_to_banks(model):
 
 
 def copied_weights(model):
-    """The weights that have FP8 copies, and which."""
-    kinds = {
-        "qkvo": {"e4m3", "dequantized"},
-        "c_proj": {"e4m3", "dequantized"},
-        "c_fc": {"e4m3_t", "dequantized"},
-    }
-    weights = {model.lm_head.weight: {"e4m3", "e4m3_t"}}
+    """The weights that have FP8 copies, and as how many matrices they are transposed."""
+    weights = {model.lm_head.weight: 1}
     for block in model.blocks:
-        for kind, names in kinds.items():
-            weights |= dict.fromkeys(getattr(block, kind), names)
+        for kind, matrices in (("qkvo", 4), ("c_fc", 1), ("c_proj", 1)):
+            weights |= dict.fromkeys(getattr(block, kind), matrices)
     return weights
 
 
+def transposed(w, matrices):
+    """The transpose of a weight's values as its matrices one below the other."""
+    return w.view(-1, w.size(1) // matrices).t()
+
+
 def test_fp8_copies(tmp_path, in_fp8):
-    """Of every matrix that trains in FP8, some transposed; renewed in place."""
+    """Of every matrix that trains in FP8, and transposed; renewed in place."""
     model = GPT(parse_settings(whole_flags(tmp_path)), MAX_TOKENS)
     give_to_banks(model)
     weights = copied_weights(model)
     before = {}
     for p in model.parameters():
-        copies = getattr(p, "fp8_copies", {})
-        assert set(copies) == weights.get(p, set())
-        before[p] = {name: copy.data_ptr() for name, copy in copies.items()}
+        assert hasattr(p, "fp8_copies") == (p in weights)
+    for p in weights:
+        assert set(p.fp8_copies) == {"e4m3", "e4m3_t"}
+        before[p] = {name: copy.data_ptr() for name, copy in p.fp8_copies.items()}
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.3)
     for p in weights:
         p.bank.quantize(p)
         assert {name: copy.data_ptr() for name, copy in p.fp8_copies.items()} == before[p]
+        copy, other = (p.fp8_copies[name] for name in ("e4m3", "e4m3_t"))
+        assert copy.dtype == other.dtype == torch.float8_e4m3fn and other.is_contiguous()
         wanted = p.detach().clamp(-0.875, 0.875)
-        values = {}
-        for name in p.fp8_copies.keys() - {"dequantized"}:
-            copy = p.fp8_copies[name]
-            assert copy.dtype == torch.float8_e4m3fn and copy.is_contiguous()
-            scaled = copy.float() * WEIGHT_SCALE
-            values[name] = scaled.t() if name == "e4m3_t" else scaled
-            assert torch.allclose(values[name], wanted, rtol=1 / 16, atol=2**-19)
-        for name, scaled in values.items():
-            assert torch.equal(p.fp8_copies.get("dequantized", scaled), scaled), name
-    handle = train_gpt.weight_handle(model.blocks[3].c_fc[0])
-    assert handle.e4m3 is None and handle.read is handle.dequantized
+        assert torch.allclose(copy.float() * WEIGHT_SCALE, wanted, rtol=1 / 16, atol=2**-19)
+        assert torch.equal(other.float(), transposed(copy.float(), weights[p]))
+    handle = train_gpt.weight_handle(model.blocks[3].qkvo[0])
+    assert handle.e4m3 is model.blocks[3].qkvo[0].fp8_copies["e4m3"]
+    assert handle.e4m3_t.shape == (model.embed.size(1), 4 * model.embed.size(1))
 
 
 @pytest.mark.parametrize("parts", [set(), {"head"}, {"blocks"}])
@@ -336,10 +333,10 @@ def test_fp8_copies_of_any_layer_table(tmp_path, in_fp8, layers):
         for p in model.parameters():
             p.normal_(std=0.3)
     give_to_banks(model)
-    for p, names in copied_weights(model).items():
-        for name in names - {"dequantized"}:
-            wanted = train_gpt.to_e4m3(p.detach(), WEIGHT_SCALE).float()
-            assert torch.equal(p.fp8_copies[name].float(), wanted.t() if name == "e4m3_t" else wanted)
+    for p, matrices in copied_weights(model).items():
+        wanted = train_gpt.to_e4m3(p.detach(), WEIGHT_SCALE).float()
+        assert torch.equal(p.fp8_copies["e4m3"].float(), wanted)
+        assert torch.equal(p.fp8_copies["e4m3_t"].float(), transposed(wanted, matrices))
 
 
 def test_evaluation_reads_no_copies(tmp_path, in_fp8, monkeypatch):
@@ -351,9 +348,7 @@ def test_evaluation_reads_no_copies(tmp_path, in_fp8, monkeypatch):
     def watched(definition):
         def call(*args):
             handles = [train_gpt.weight_handle(a) for a in args if isinstance(a, torch.nn.Parameter)]
-            fields = [
-                t for handle in handles for t in (handle.grad, handle.e4m3, handle.e4m3_t, handle.dequantized)
-            ]
+            fields = [t for handle in handles for t in (handle.grad, handle.e4m3, handle.e4m3_t)]
             seen.extend(t for t in fields if t is not None)
             return definition(*args)
 
