@@ -1029,8 +1029,8 @@ def split_documents(tokens: np.ndarray, bos: int) -> np.ndarray:
 
 WEIGHT_SCALE = 2.0**-9  # of every weight in e4m3, so for entries up to 0.875
 LOGIT_GRAD_SCALE = 1 / 448  # of the logits' gradients in e5m2: they lie within -1 and 1
-# Of those of q, k and v and of an MLP's hidden units and output in e4m3, which so reaches from 2^-15 to 7,
-# three times the largest seen. It suits losses summed over tokens: gradients of a mean would vanish.
+# Scale of the gradients of q, k and v and of an MLP's hidden units and output in e4m3, which so reaches from
+# 2^-15 to 7; the largest seen in 62 steps was 2. The loss must be a sum over tokens: a mean's would vanish.
 BLOCK_GRAD_SCALE = tl.constexpr(2.0**-6)
 
 
@@ -1042,22 +1042,22 @@ class Normed(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A parameter as fused versions see it. FP8 copies are there in training, of what FP8_WEIGHTS names."""
+    """A parameter as fused versions see it. In training, those that FP8_WEIGHTS names have FP8 copies."""
 
     value: Tensor
     grad: Tensor | None = None  # where fused backward passes add its gradient
     e4m3: Tensor | None = None
-    e4m3_t: Tensor | None = None  # transposed, contiguous, for FP8 products sum along rows
+    e4m3_t: Tensor | None = None  # the transpose, contiguous, since FP8 products sum along rows
 
 
-# Weights that have FP8 copies, by name, and as how many matrices, one below the other, products read them.
+# Weights with FP8 copies, and how many matrices lie one below the other in each, as products read them.
 FP8_WEIGHTS = {"qkvo": 4, "c_fc": 1, "c_proj": 1, "lm_head": 1}
 
 
 def in_fp8(device: torch.device, part: str) -> bool:
-    """Whether products of the "head" or the "blocks" train in FP8. Only here it is decided, by the chip.
+    """Whether a chip trains the "head" or the "blocks" in FP8: the one place that decides.
 
-    The head's do from sm_89 on; of the blocks, those of q, k, v and the MLP do on Hopper.
+    The head's products from sm_89 on; of the blocks those of q, k, v and the MLP, not of O, on Hopper.
     """
     if device.type != "cuda":
         return False
@@ -1087,9 +1087,9 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def fp8_copies(w: Tensor, matrices: int) -> dict[str, Tensor]:
-    """FP8 copies of a weight (rows, cols), fields of Weight: e4m3 (rows, cols) and e4m3_t.
+    """FP8 copies of a weight (rows, cols), fields of Weight: e4m3, and e4m3_t.
 
-    The latter is the transpose of (matrices * rows, cols / matrices): of its matrices, one below the other.
+    The latter is the transpose of w as (matrices * rows, cols / matrices).
     """
     e4m3 = call_compiled(to_e4m3, w, WEIGHT_SCALE)
     # As bytes, and in a kernel of its own: see _e5m2_pair.
@@ -1348,16 +1348,20 @@ def norm_fused(x: Tensor) -> tuple[Tensor, Normed]:
 
 
 # ------------------------------------------------------------------------------------------------------
-# FP8 gradients. FP8 products sum along rows, so those that sum over tokens take transposed factors, in an
-# order of tokens in which a thread of an MLP's product has four together, a word of bytes: of each 256
-# tokens, word 8 w + r has 16 w + r, and 8, 128 and 136 after it. Numbers beyond FP8's become its largest.
+# FP8 gradients. FP8 products sum along rows, so weights' gradients, which sum over tokens, take transposed
+# factors. A packed transpose has four tokens of a column in a word, a uint32: of each 256 tokens, word
+# 8 w + r has 16 w + r, and 8, 128 and 136 after it, which one thread of `_mlp_backward_kernel` holds. Any
+# order of tokens serves, as long as both factors have it. Zeros fill the last 256.
 
-TRANSPOSE_TILE = (64, 64, 8)  # words, a divisor of 64, columns, warps
+TRANSPOSE_TILE = (64, 64, 8)  # words, which divide 64, columns, warps
 
 
 @triton.jit
 def _e4m3_word(a, b, c, d):
-    """Four numbers in e4m3, from the lowest byte of a uint32 on."""
+    """Four numbers in e4m3, from the lowest byte of a uint32 on; those beyond its range as its largest.
+
+    No byte is taken out of a word here, which is what fails in `_e5m2_pair`.
+    """
     return tl.inline_asm_elementwise(
         "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;"
         " cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
@@ -1370,7 +1374,7 @@ def _e4m3_word(a, b, c, d):
 
 
 @triton.jit
-def _in_word_order(x):
+def _by_words(x):
     """The four numbers of each word of a tile of 256 tokens: (8, 8, columns) each."""
     even, odd = x.reshape(2, 8, 2, 8, x.shape[1]).permute(1, 3, 4, 0, 2).split()
     a, c = even.split()
@@ -1379,8 +1383,8 @@ def _in_word_order(x):
 
 
 @triton.jit
-def _word_part(word, columns, i, T, C):
-    """Where the i-th numbers of words are in a matrix (T, C), and which of them are within."""
+def _token_offsets(word, columns, i, T, C):
+    """Where the i-th token of each word is in a matrix (T, C), and which of them are within."""
     rows = word // 64 * 256 + word % 64 // 8 * 16 + word % 8 + i % 2 * 8 + i // 2 * 128
     inside = (rows < T)[:, None] & (columns < C)[None, :]
     return rows.to(tl.int64)[:, None] * C + columns[None, :], inside
@@ -1390,18 +1394,21 @@ def _word_part(word, columns, i, T, C):
 def _transpose_kernel(
     x_ptr, out_ptr, words_ptr, T, C, WORDS, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
-    """Out is x (T, C) over SCALE in e4m3; words (C, WORDS) are that transposed, or x of bytes if no out."""
+    """Write x (T, C) over SCALE to out in e4m3, and the packed transpose of that to words (C, WORDS).
+
+    Without out, x is bytes, and only its packed transpose is written.
+    """
     word = tl.program_id(1) * BM + tl.arange(0, BM)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     if out_ptr is None:
         words = tl.zeros([BM, BN], tl.uint32)
         for i in tl.static_range(4):
-            at, inside = _word_part(word, columns, i, T, C)
+            at, inside = _token_offsets(word, columns, i, T, C)
             words |= tl.load(x_ptr + at, mask=inside, other=0).to(tl.uint32) << 8 * i
     else:
         parts = ()
         for i in tl.static_range(4):
-            at, inside = _word_part(word, columns, i, T, C)
+            at, inside = _token_offsets(word, columns, i, T, C)
             x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * (1 / SCALE)
             tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
             parts = parts + (x,)
@@ -1411,13 +1418,14 @@ def _transpose_kernel(
 
 
 def empty_words(x: Tensor, count: int = 1) -> Tensor:
-    """Room for the transposes of count matrices like x (T, C): words (count, C, WORDS), in whole blocks."""
+    """Room for packed transposes of count matrices like x (T, C): words, int32 (count, C, WORDS)."""
     T, C = x.shape
     return torch.empty(count, C, triton.cdiv(T, 256) * 64, dtype=torch.int32, device=x.device)
 
 
 def _transpose(x: Tensor, out: Tensor | None, scale: float) -> Tensor:
-    (T, C), words = x.shape, empty_words(x)
+    T, C = x.shape
+    words = empty_words(x)
     BM, BN, warps = TRANSPOSE_TILE
     grid = triton.cdiv(C, BN), words.size(2) // BM
     _transpose_kernel[grid](x, out, words, T, C, words.size(2), SCALE=scale, BM=BM, BN=BN, num_warps=warps)
@@ -1425,18 +1433,27 @@ def _transpose(x: Tensor, out: Tensor | None, scale: float) -> Tensor:
 
 
 def e4m3_and_transpose(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """x (T, C) over scale in e4m3, and that transposed, (C, tokens) in the words' order."""
+    """x (T, C), contiguous, over scale in e4m3, and the packed transpose of that, (C, tokens)."""
     out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     return out, _transpose(x, out, scale).view(out.dtype)
 
 
-def transposed_in_words(x: Tensor) -> Tensor:
-    """x (T, C), in FP8, transposed: (C, tokens) in the words' order."""
+def packed_transpose(x: Tensor) -> Tensor:
+    """The packed transpose, (C, tokens), of x (T, C), in FP8 and contiguous."""
     return _transpose(x.view(torch.uint8), None, 1.0).view(x.dtype)
 
 
+def fp8_product(a: Tensor, b: Tensor, a_scale: float, b_scale: float, dtype: torch.dtype) -> Tensor:
+    """a b in a dtype, for FP8 a (M, K) over a_scale and b (K, N), of contiguous columns, over b_scale."""
+    scales = constant(a_scale, a.device), constant(b_scale, a.device)
+    return torch._scaled_mm(a, b, *scales, out_dtype=dtype, use_fast_accum=True)
+
+
 def add_fp8_product_(grad: Tensor, a: Tensor, b: Tensor, scale: float):
-    """Add scale a b^T to a gradient (M, N). a (M, tokens), b (N, tokens): in FP8, in the words' order."""
+    """Add scale a b^T to a gradient (M, N), for packed transposes a (M, tokens) and b (N, tokens).
+
+    It sums over so many tokens that it does not take fast sums, which have some 13 bits.
+    """
     scales = constant(scale, a.device), constant(1.0, a.device)
     grad.add_(torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.float32))
 
@@ -1762,7 +1779,7 @@ def attention_backward(
 ) -> tuple[Tensor, AttentionGradients]:
     """Gradients of q, k and v as one, (T, 3, H, D), and all by name. With an end, lambdas' are added to.
 
-    fp8: whether the former are in e4m3 over BLOCK_GRAD_SCALE, else in the dtype of dout.
+    fp8: whether those of q, k and v are in e4m3 over BLOCK_GRAD_SCALE, else in the dtype of dout.
     """
     T, H, D = a.q.shape
     dqkv = dout.new_empty(T, 3, H, D, dtype=torch.float8_e4m3fn if fp8 else None)
@@ -1813,7 +1830,7 @@ class _Attention(torch.autograd.Function):
         gates = F.linear(gate_h, gate.value)
         qkv, end = qkv_forward(Normed(h, e4m3), qkvo, ve, lambdas, rotary)
         a = attention_forward(*qkv.unbind(1), gates, mask, rotary.scale)
-        h = h if e4m3 is None else None  # which is then all that its product reads
+        h = h if e4m3 is None else None  # FP8 products do not read it
         ctx.save_for_backward(h, e4m3, gate_h, ve, gates, qkv, end.v_proj, end.factors, a.out, a.lse)
         ctx.rest = weights, rotary, mask
         w_o = qkvo.value.view(4, C, C)[3]
@@ -1836,11 +1853,9 @@ class _Attention(torch.autograd.Function):
         dqkv, d = attention_backward(dout, a, end, fp8)
         dqkv = dqkv.view(T, 3 * C)
         if fp8:
-            unit, h_t = BLOCK_GRAD_SCALE.value, transposed_in_words(e4m3)
-            add_fp8_product_(dqkvo[: 3 * C], transposed_in_words(dqkv), h_t, unit * normed_scale(C))
-            scales = constant(unit, dx.device), constant(WEIGHT_SCALE, dx.device)
-            w_qkv = qkvo.e4m3_t[:, : 3 * C].t()
-            dh = torch._scaled_mm(dqkv, w_qkv, *scales, out_dtype=dx.dtype, use_fast_accum=True)
+            scale, h_t = BLOCK_GRAD_SCALE.value, packed_transpose(e4m3)
+            add_fp8_product_(dqkvo[: 3 * C], packed_transpose(dqkv), h_t, scale * normed_scale(C))
+            dh = fp8_product(dqkv, qkvo.e4m3_t[:, : 3 * C].t(), scale, WEIGHT_SCALE, dx.dtype)
         else:
             add_product_(dqkvo[: 3 * C], dqkv.t(), h)
             dh = dqkv @ qkvo.value.view(4 * C, C)[: 3 * C]
@@ -1859,7 +1874,7 @@ def attention_fused_(x, h, qkvo: Weight, gate: Weight, lambdas: Weight, ve, rota
 # ------------------------------------------------------------------------------------------------------
 # MLP: `mlp`
 
-# Rows, columns, depth in bytes, warps, stages: what an H100 holds. Words ask for 256 rows backward.
+# Rows, columns, depth in bytes, warps, stages: what an H100 holds. Packed transposes take 256 rows backward.
 MLP_TILE, MLP_BACKWARD_TILE = (128, 256, 128, 8, 3), (256, 128, 128, 8, 3)
 
 
@@ -1896,7 +1911,7 @@ def _store_hidden_gradient(x, squares, out, words_ptr, row, column, N, WORDS, SC
     x *= tl.sqrt(squares) * (2 * SCALE)
     out.store([row, column], x.to(out.dtype))
     # Joined, for else hidden is loaded twice, the second time by single bytes.
-    both = tl.join(_e4m3_word(*_in_word_order(x)), _e4m3_word(*_in_word_order(squares)))
+    both = tl.join(_e4m3_word(*_by_words(x)), _e4m3_word(*_by_words(squares)))
     columns = column + tl.arange(0, BN)[None, :, None]
     at = columns.to(tl.int64) * WORDS + row // 4 + tl.arange(0, BM // 4)[:, None, None]
     at += tl.arange(0, 2)[None, None, :] * N.to(tl.int64) * WORDS
@@ -1907,7 +1922,7 @@ def _store_hidden_gradient(x, squares, out, words_ptr, row, column, N, WORDS, SC
 def _mlp_backward_kernel(dy, weight, hidden, out, words_ptr, T, N, K, WORDS, SCALE: tl.constexpr):
     """out (T, N) = SCALE dy weight^T times the slope of ReLU^2, twice the root of hidden, all in e4m3.
 
-    dy: (T, K); weight: (N, K). Out and hidden, transposed, go to words (2, N, WORDS).
+    dy: (T, K); weight: (N, K). The packed transposes of out and hidden go to words (2, N, WORDS).
     """
     BM: tl.constexpr = dy.block_shape[0]
     BK: tl.constexpr = dy.block_shape[1]
@@ -1927,7 +1942,8 @@ def _mlp_backward_kernel(dy, weight, hidden, out, words_ptr, T, N, K, WORDS, SCA
 
 def mlp_forward(h: Tensor, weight: Tensor, scale: float) -> Tensor:
     """relu(scale h weight^T)^2 in e4m3, as h (T, K) and weight (N, K) are: (T, N)."""
-    (T, K), N = h.shape, len(weight)
+    T, K = h.shape
+    N = len(weight)
     out = h.new_empty(T, N)
     BM, BN, BK, warps, stages = MLP_TILE
     tiles = _descriptor(h, BM, BK), _descriptor(weight, BN, BK), _descriptor(out, BM, BN // 2)
@@ -1936,12 +1952,14 @@ def mlp_forward(h: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 
 def mlp_backward(dy: Tensor, weight: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """scale dy weight^T times the slope of ReLU^2 at hidden (T, N), that transposed, and hidden: all in e4m3.
+    """The gradient of hidden units' inputs, scale dy weight^T times the slope of ReLU^2, (T, N), in e4m3.
 
-    dy: (T, K); weight: (N, K). Transposes are (N, tokens) in the words' order.
+    Also returns its packed transpose and that of the units hidden (T, N). dy: (T, K); weight: (N, K).
     """
-    K, (T, N) = dy.size(1), hidden.shape
-    out, words = torch.empty_like(hidden), empty_words(hidden, 2)
+    T, N = hidden.shape
+    K = dy.size(1)
+    out = torch.empty_like(hidden)
+    words = empty_words(hidden, 2)
     BM, BN, BK, warps, stages = MLP_BACKWARD_TILE
     tiles = [_descriptor(dy, BM, BK), _descriptor(weight, BN, BK)]
     tiles += [_descriptor(hidden, BM, BN), _descriptor(out, BM, BN // 2)]
@@ -1954,35 +1972,34 @@ class _MLP(torch.autograd.Function):
     """`mlp` in FP8 training. Gradients of its weights are added straight into theirs.
 
     Hidden units are kept in e4m3 alone: that is what c_proj multiplies, and what its gradient and the slope
-    of ReLU^2 are taken of.
+    of ReLU^2 are taken of. Gradients of the output and of hidden units are in e4m3 over BLOCK_GRAD_SCALE.
     """
 
     @staticmethod
     def forward(ctx, x, h, e4m3, c_fc, c_proj):
         hidden = mlp_forward(e4m3, c_fc.e4m3_t, normed_scale(h.size(1)) * WEIGHT_SCALE)
-        scales = constant(1.0, x.device), constant(WEIGHT_SCALE, x.device)
-        y = torch._scaled_mm(hidden, c_proj.e4m3.t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
+        y = fp8_product(hidden, c_proj.e4m3.t(), 1.0, WEIGHT_SCALE, x.dtype)
         ctx.save_for_backward(e4m3, hidden)
         ctx.weights = c_fc, c_proj
         return x + y
 
     @staticmethod
     def backward(ctx, dx):
-        (e4m3, hidden), (c_fc, c_proj) = ctx.saved_tensors, ctx.weights
-        unit = BLOCK_GRAD_SCALE.value
-        dy, dy_t = e4m3_and_transpose(dx.contiguous(), unit)
+        e4m3, hidden = ctx.saved_tensors
+        c_fc, c_proj = ctx.weights
+        scale = BLOCK_GRAD_SCALE.value
+        dy, dy_t = e4m3_and_transpose(dx.contiguous(), scale)
         dhidden, dhidden_t, hidden_t = mlp_backward(dy, c_proj.e4m3_t, hidden, WEIGHT_SCALE)
-        add_fp8_product_(c_proj.grad, dy_t, hidden_t, unit)
-        add_fp8_product_(c_fc.grad, transposed_in_words(e4m3), dhidden_t, normed_scale(e4m3.size(1)) * unit)
-        scales = constant(unit, dx.device), constant(WEIGHT_SCALE, dx.device)
-        dh = torch._scaled_mm(dhidden, c_fc.e4m3.t(), *scales, out_dtype=dx.dtype, use_fast_accum=True)
+        add_fp8_product_(c_proj.grad, dy_t, hidden_t, scale)
+        add_fp8_product_(c_fc.grad, packed_transpose(e4m3), dhidden_t, normed_scale(e4m3.size(1)) * scale)
+        dh = fp8_product(dhidden, c_fc.e4m3.t(), scale, WEIGHT_SCALE, dx.dtype)
         return dx, dh, None, None, None
 
 
 @fused(mlp)
 def mlp_fused(x: Tensor, h: Tensor | Normed, c_fc: Weight, c_proj: Weight) -> Tensor:
-    """As `mlp`, which runs as it stands where its weights have no FP8 copies."""
-    if c_fc.e4m3_t is None:
+    """As `mlp`, which runs as it stands where one of its weights has no FP8 copies."""
+    if c_fc.e4m3 is None or c_proj.e4m3 is None:
         return run_definition(mlp, x, h, c_fc, c_proj)
     h = normed_handle(h, c_fc)
     return _MLP.apply(x, h.value, h.e4m3, c_fc, c_proj)
@@ -2378,20 +2395,22 @@ class Bank:
             if world.shared:
                 p.register_post_accumulate_grad_hook(self._grad_accumulated)
             start = end
-        self.fp8_copies = {}  # by parameter, which has them too: (matrices, copies by name)
+        self.fp8_matrices = {}  # of each parameter with FP8 copies, as in FP8_WEIGHTS
         for name, p in parameters.items():
             kind = kind_of(name)
             if kind in FP8_WEIGHTS and in_fp8(world.device, "head" if kind == "lm_head" else "blocks"):
                 p.fp8_copies = {}
-                self.fp8_copies[p] = FP8_WEIGHTS[kind], p.fp8_copies
+                self.fp8_matrices[p] = FP8_WEIGHTS[kind]
 
     @torch.no_grad()
     def quantize(self, p: nn.Parameter):
         """Make a parameter's FP8 copies, if it has any, or renew them in place, as a CUDA graph needs."""
-        if p in self.fp8_copies:
-            matrices, kept = self.fp8_copies[p]
-            for name, made in fp8_copies(p.detach(), matrices).items():
-                kept.setdefault(name, made).copy_(made)
+        if matrices := self.fp8_matrices.get(p):
+            for name, new in fp8_copies(p.detach(), matrices).items():
+                if name in p.fp8_copies:
+                    p.fp8_copies[name].copy_(new)
+                else:
+                    p.fp8_copies[name] = new
 
     def require_grad_sync(self):
         """Before the last forward pass of a step: reduce each chunk as soon as its gradients are whole.
@@ -3008,7 +3027,7 @@ def describe_machine(world: World) -> str:
         head = "fp8 in training, bf16 in validation"
     blocks = str(world.dtype)[6:]
     if in_fp8(world.device, "blocks"):
-        blocks = "products of q, k, v and the MLPs fp8 in training, all else bf16"
+        blocks = "q, k, v and MLPs fp8 in training, forward and backward, all else bf16"
     repeats = "deterministic: the same settings give the same bits"
     if gpu:
         repeats = (

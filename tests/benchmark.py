@@ -225,7 +225,12 @@ def benchmark_mlp(table: Table):
     table.row("relu(h c_fc)^2, e4m3", ours, lambda: inward(h, c_fc), flops / 2, size // 2 + hidden.nbytes)
     rounding = functools.partial(g.e4m3_and_transpose, dout, 1 / 16)
     dy, dy_t = rounding()
-    rounded = torch.compile(lambda x: ((e4m3 := g.to_e4m3(x, 1 / 16)), e4m3.t().contiguous()))
+
+    def rounded_twice(x):
+        e4m3 = g.to_e4m3(x, 1 / 16)
+        return e4m3, e4m3.t().contiguous()
+
+    rounded = torch.compile(rounded_twice)
     table.row("a gradient in e4m3, and transposed", rounding, lambda: rounded(dout), 0, 2 * dout.nbytes)
     back = functools.partial(g.mlp_backward, dy, c_proj_t, hidden, g.WEIGHT_SCALE / 8)
     plain = functools.partial(slope, dout, c_proj, squares)

@@ -642,7 +642,7 @@ def test_attention_at_the_records_width(dtype, tolerance):
 
 
 def test_attention_gradients_keep_within_e4m3():
-    """Over their scale in FP8, and what is beyond its range becomes its largest number."""
+    """Those of q, k and v in FP8 are over their scale, and what is beyond its range becomes its largest."""
     torch.manual_seed(0)
     h, qkvo, ve, gate, lambdas, rotary = attention_inputs(77, 2, 32)
     qkv, end = train_gpt.qkv_forward(Normed(h), Weight(qkvo), ve, train_gpt.weight_handle(lambdas), rotary)
@@ -657,7 +657,7 @@ def test_attention_gradients_keep_within_e4m3():
 
 @pytest.mark.parametrize("name, places, matrices", [("attention_", [2], 4), ("mlp", [2, 3], 1)])
 def test_fp8_with_a_gradient_of_any_strides(name, places, matrices):
-    """One that is no contiguous matrix, as that of a sum, is read as what it is."""
+    """A backward pass takes a gradient that is no contiguous matrix, as that of a sum."""
     torch.manual_seed(0)
     args, _ = operator_cases()[name]
     found = []
@@ -679,8 +679,8 @@ def same(a, b):
     return torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
 
 
-def in_word_order(x):
-    """The transpose of a matrix of tokens in FP8, with zeros to whole blocks, in the words' order."""
+def packed(x):
+    """The packed transpose of a matrix of tokens in FP8, with zeros to whole words' 256."""
     padded = torch.zeros(-(-len(x) // 256) * 256, x.size(1))
     padded[: len(x)] = x.float()
     # Of a token's number, 128 i + 16 w + 8 h + r, the word is (w, r), and its byte (i, h).
@@ -689,14 +689,14 @@ def in_word_order(x):
 
 @pytest.mark.parametrize("T, width", [(512, 128), (300, 48), (1, 160)])
 def test_fp8_transposes(T, width):
-    """A matrix over a scale in e4m3 and that transposed, what is too large at the bounds; and one in FP8."""
+    """Packed transposes have each byte in its place, and rounding keeps what is too large at the bounds."""
     torch.manual_seed(T)
     x = torch.randn(T, width).bfloat16()
     x[0, :3] = torch.tensor([1e4, -1e4, float("nan")])
     e4m3, transpose = train_gpt.e4m3_and_transpose(x, 2.0**-5)
     assert same(e4m3, to_e4m3(x, 2.0**-5)) and e4m3[0, :2].tolist() == [448, -448]
-    assert same(transpose, in_word_order(e4m3))
-    assert same(train_gpt.transposed_in_words(e4m3), transpose)
+    assert same(transpose, packed(e4m3))
+    assert same(train_gpt.packed_transpose(e4m3), transpose)
 
 
 @pytest.mark.parametrize("T, width, hidden", [(288, 64, 272), (129, 80, 96), (1, 32, 64)])
@@ -723,19 +723,19 @@ def check_mlp_kernels(h, c_fc, c_proj, dy):
     assert wanted.abs().max() < 448 and wanted.std() > 1  # nothing is cut off, little is below e4m3's range
     assert torch.allclose(dhidden.double(), wanted, rtol=1 / 15, atol=2**-9)
     for x, found in ((dhidden, dhidden_t), (squares, squares_t)):
-        assert found.dtype == torch.float8_e4m3fn and torch.equal(found.float(), in_word_order(x))
+        assert found.dtype == torch.float8_e4m3fn and torch.equal(found.float(), packed(x))
     for a, x, b, y in (
-        (train_gpt.transposed_in_words(dy), dy, squares_t, squares),
-        (train_gpt.transposed_in_words(h), h, dhidden_t, dhidden),
+        (train_gpt.packed_transpose(dy), dy, squares_t, squares),
+        (train_gpt.packed_transpose(h), h, dhidden_t, dhidden),
     ):
         grad = torch.ones(len(a), len(b))
         train_gpt.add_fp8_product_(grad, a, b, 2.0**-7)
         wanted = 2.0**-7 * x.double().t() @ y.double()
-        # A GPU sums exactly; the fast sums of FP8 products have 13 bits or so.
+        # Fast sums, of 13 bits or so, would be off by more on a GPU.
         assert relative(grad - 1, wanted) < (2e-3 if grad.is_cuda else 1e-5)
 
 
-def test_weight_gradients_sum_exactly(monkeypatch):
+def test_weight_gradients_take_no_fast_sums(monkeypatch):
     seen, product = [], torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **o: seen.append(o) or product(*a, **o))
     a = torch.ones(16, 256).to(torch.float8_e4m3fn)
@@ -764,7 +764,7 @@ def test_words_beyond_32_bits(tmp_path, monkeypatch):
     words = sparse(tmp_path / "one", 48, count)
     given = hidden.view(torch.uint8), None, words, 256, 48, count
     train_gpt._transpose_kernel[1, 1](*given, SCALE=1.0, BM=64, BN=64)
-    assert torch.equal(words[:, :64].contiguous().view(hidden.dtype).float(), in_word_order(hidden))
+    assert torch.equal(words[:, :64].contiguous().view(hidden.dtype).float(), packed(hidden))
 
 
 def test_mlp_backward_keeps_within_e4m3():
@@ -774,7 +774,7 @@ def test_mlp_backward_keeps_within_e4m3():
     made = [t.to(torch.float8_e4m3fn) for t in (dy, weight, torch.ones(16, 64))]
     dhidden, dhidden_t, _ = train_gpt.mlp_backward(*made, 1.0)
     wanted = torch.tensor([448.0, -448.0]).repeat(16, 32)
-    assert torch.equal(dhidden.float(), wanted) and torch.equal(dhidden_t.float(), in_word_order(wanted))
+    assert torch.equal(dhidden.float(), wanted) and torch.equal(dhidden_t.float(), packed(wanted))
 
 
 def test_mlp_kernels_at_the_records_width(monkeypatch):

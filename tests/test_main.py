@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -190,9 +191,43 @@ def test_warm_up_leaves_fp8_copies(steps, tmp_path, monkeypatch):
     with_copies = [p for p in trainer.model.parameters() if hasattr(p, "fp8_copies")]
     assert trainer.model.lm_head.weight in set(with_copies)
     for p in with_copies:
-        matrices, _ = p.bank.fp8_copies[p]
-        for name, fresh in train_gpt.fp8_copies(p.detach(), matrices).items():
+        for name, fresh in train_gpt.fp8_copies(p.detach(), p.bank.fp8_matrices[p]).items():
             assert torch.equal(p.fp8_copies[name].float(), fresh.float()), name
+
+
+CHECKED = """
+    def in_fp8(device, part):
+        return True
+
+
+    def check(module, _):
+        lists = [child for child in module.children() if isinstance(child, nn.ParameterList)]
+        for p in (p for owner in (module, *lists) for p in owner.parameters(recurse=False)):
+            if module.training and p in p.bank.fp8_matrices:
+                for name, fresh in fp8_copies(p.detach(), p.bank.fp8_matrices[p]).items():
+                    same = torch.equal(p.fp8_copies[name].float(), fresh.float())
+                    print(f"copies: {'new' if same else 'old'}", flush=True)
+
+
+    class Checked(Trainer):
+        def __init__(self, s, world):
+            super().__init__(s, world)
+            for module in self.model.modules():
+                module.register_forward_pre_hook(check)
+
+
+    Trainer = Checked
+"""
+
+
+def test_fp8_copies_are_new_where_they_are_read(tmp_path):
+    """By two processes too, which renew those of a parameter when it has come from the other one."""
+    script = changed(tmp_path, CHECKED)
+    for ranks in (1, 2):
+        done = run(tiny_flags(tmp_path), ranks, script)
+        assert done.returncode == 0, done.stderr
+        seen = Counter(re.findall("copies: (...)", done.stdout))
+        assert seen["new"] > 100 and not seen["old"], seen
 
 
 def test_step_returns_the_mean_loss(tmp_path):

@@ -339,6 +339,17 @@ def test_fp8_copies_of_any_layer_table(tmp_path, in_fp8, layers):
         assert torch.equal(p.fp8_copies["e4m3_t"].float(), transposed(wanted, matrices))
 
 
+CHIPS = (((8, 0), set()), ((8, 9), {"head"}), ((9, 0), {"head", "blocks"}), ((10, 0), {"head"}))
+
+
+@pytest.mark.parametrize("capability, parts", CHIPS)
+def test_chips_that_train_in_fp8(capability, parts, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for part in ("head", "blocks"):
+        assert train_gpt.in_fp8(torch.device("cuda"), part) == (part in parts)
+        assert not train_gpt.in_fp8(torch.device("cpu"), part)
+
+
 def test_evaluation_reads_no_copies(tmp_path, in_fp8, monkeypatch):
     """Handles of weights come with their FP8 copies in training alone."""
     _, model = build(tmp_path)

@@ -45,7 +45,8 @@ def test_forked_is_as_started(tmp_path, end, saved):
 
 def test_ranks():
     """Each has its own number; what one of them ends with is told."""
-    program = "import os, sys; print(os.environ['RANK']); sys.exit(5 * (os.environ['LOCAL_RANK'] == '2'))"
+    program = "import os, sys; os.write(1, os.environ['RANK'].encode() + b' ')"  # at once, as print does not
+    program += "; sys.exit(5 * (os.environ['LOCAL_RANK'] == '2'))"
     done = forked(["-c", program], ranks_of(3))
     assert done.returncode == 5 and sorted(done.stdout.split()) == ["0", "1", "2"]
 
