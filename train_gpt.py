@@ -1191,6 +1191,15 @@ def constant(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, device=device)
 
 
+def fp8_product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, fast: bool = True) -> Tensor:
+    """scale a b in a dtype, for a (M, K), contiguous, and b (K, N), of contiguous columns, in FP8.
+
+    fast: let tensor cores, whose sums have some 13 bits, add up all of it; else parts are added in float32.
+    """
+    scales = constant(scale, a.device), constant(1.0, a.device)
+    return torch._scaled_mm(a, b, *scales, out_dtype=dtype, use_fast_accum=fast)
+
+
 def _descriptor(x: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
     """What kernels load and store tiles of a matrix by; None where there is no matrix."""
     return None if x is None else TensorDescriptor.from_tensor(x, [rows, columns])
@@ -1353,7 +1362,7 @@ def norm_fused(x: Tensor) -> tuple[Tensor, Normed]:
 # 8 w + r has 16 w + r, and 8, 128 and 136 after it, which one thread of `_mlp_backward_kernel` holds. Any
 # order of tokens serves, as long as both factors have it. Zeros fill the last 256.
 
-TRANSPOSE_TILE = (64, 64, 8)  # words, which divide 64, columns, warps
+TRANSPOSE_TILE = (64, 64, 8)  # words (a divisor of 64), columns, warps
 
 
 @triton.jit
@@ -1443,19 +1452,12 @@ def packed_transpose(x: Tensor) -> Tensor:
     return _transpose(x.view(torch.uint8), None, 1.0).view(x.dtype)
 
 
-def fp8_product(a: Tensor, b: Tensor, a_scale: float, b_scale: float, dtype: torch.dtype) -> Tensor:
-    """a b in a dtype, for FP8 a (M, K) over a_scale and b (K, N), of contiguous columns, over b_scale."""
-    scales = constant(a_scale, a.device), constant(b_scale, a.device)
-    return torch._scaled_mm(a, b, *scales, out_dtype=dtype, use_fast_accum=True)
-
-
 def add_fp8_product_(grad: Tensor, a: Tensor, b: Tensor, scale: float):
     """Add scale a b^T to a gradient (M, N), for packed transposes a (M, tokens) and b (N, tokens).
 
-    It sums over so many tokens that it does not take fast sums, which have some 13 bits.
+    It sums over so many tokens that it takes no fast sums.
     """
-    scales = constant(scale, a.device), constant(1.0, a.device)
-    grad.add_(torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.float32))
+    grad.add_(fp8_product(a, b.t(), scale, torch.float32, fast=False))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1855,7 +1857,7 @@ class _Attention(torch.autograd.Function):
         if fp8:
             scale, h_t = BLOCK_GRAD_SCALE.value, packed_transpose(e4m3)
             add_fp8_product_(dqkvo[: 3 * C], packed_transpose(dqkv), h_t, scale * normed_scale(C))
-            dh = fp8_product(dqkv, qkvo.e4m3_t[:, : 3 * C].t(), scale, WEIGHT_SCALE, dx.dtype)
+            dh = fp8_product(dqkv, qkvo.e4m3_t[:, : 3 * C].t(), scale * WEIGHT_SCALE, dx.dtype)
         else:
             add_product_(dqkvo[: 3 * C], dqkv.t(), h)
             dh = dqkv @ qkvo.value.view(4 * C, C)[: 3 * C]
@@ -1978,7 +1980,7 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h, e4m3, c_fc, c_proj):
         hidden = mlp_forward(e4m3, c_fc.e4m3_t, normed_scale(h.size(1)) * WEIGHT_SCALE)
-        y = fp8_product(hidden, c_proj.e4m3.t(), 1.0, WEIGHT_SCALE, x.dtype)
+        y = fp8_product(hidden, c_proj.e4m3.t(), WEIGHT_SCALE, x.dtype)
         ctx.save_for_backward(e4m3, hidden)
         ctx.weights = c_fc, c_proj
         return x + y
@@ -1992,7 +1994,7 @@ class _MLP(torch.autograd.Function):
         dhidden, dhidden_t, hidden_t = mlp_backward(dy, c_proj.e4m3_t, hidden, WEIGHT_SCALE)
         add_fp8_product_(c_proj.grad, dy_t, hidden_t, scale)
         add_fp8_product_(c_fc.grad, packed_transpose(e4m3), dhidden_t, normed_scale(e4m3.size(1)) * scale)
-        dh = fp8_product(dhidden, c_fc.e4m3.t(), scale, WEIGHT_SCALE, dx.dtype)
+        dh = fp8_product(dhidden, c_fc.e4m3.t(), scale * WEIGHT_SCALE, dx.dtype)
         return dx, dh, None, None, None
 
 
@@ -2157,21 +2159,21 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, targets, h_e4m3, e4m3, e4m3_t):
-        scales = [constant(x, h.device) for x in (normed_scale(h.size(1)), WEIGHT_SCALE, LOGIT_GRAD_SCALE)]
-        z = torch._scaled_mm(h_e4m3, e4m3.t(), *scales[:2], out_dtype=torch.bfloat16, use_fast_accum=True)
+        z = fp8_product(h_e4m3, e4m3.t(), normed_scale(h.size(1)) * WEIGHT_SCALE, torch.bfloat16)
         loss, lse = cross_entropy_forward(z, targets, exact=False)
         ctx.z = z  # not a saved tensor: the largest of all, it goes before the products of the backward pass
-        ctx.save_for_backward(targets, lse, h_e4m3, e4m3_t, *scales)
+        ctx.save_for_backward(targets, lse, h_e4m3, e4m3_t)
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        targets, lse, h_e4m3, e4m3_t, h_scale, w_scale, z_scale = ctx.saved_tensors
+        targets, lse, h_e4m3, e4m3_t = ctx.saved_tensors
         dz, dzt = cross_entropy_backward(ctx.z, targets, lse, dloss.contiguous(), fp8=True)
         ctx.z = None
         h_t = call_compiled(transposed, h_e4m3.view(torch.uint8)).view(h_e4m3.dtype)
-        dh = torch._scaled_mm(dz, e4m3_t.t(), z_scale, w_scale, out_dtype=torch.bfloat16)
-        dw = torch._scaled_mm(dzt, h_t.t(), z_scale, h_scale, out_dtype=torch.float32)
+        scale = LOGIT_GRAD_SCALE * normed_scale(h_e4m3.size(1))
+        dh = fp8_product(dz, e4m3_t.t(), LOGIT_GRAD_SCALE * WEIGHT_SCALE, torch.bfloat16, fast=False)
+        dw = fp8_product(dzt, h_t.t(), scale, torch.float32, fast=False)
         return dh, dw, None, None, None, None
 
 
@@ -2181,7 +2183,7 @@ def head_loss_fused(h: Tensor, lm_head: Weight, targets: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and in_fp8(h.device, "head")):
         return run_definition(head_loss, h, lm_head, targets)
     if lm_head.e4m3 is None:  # some other table stands in for the head
-        lm_head = lm_head._replace(**fp8_copies(lm_head.value.detach(), 1))
+        lm_head = lm_head._replace(**fp8_copies(lm_head.value.detach(), matrices=1))
     h_e4m3 = call_compiled(to_e4m3, h.detach(), normed_scale(h.size(1)))
     return _HeadLoss.apply(h, lm_head.value, targets, h_e4m3, lm_head.e4m3, lm_head.e4m3_t)
 

@@ -735,14 +735,6 @@ def check_mlp_kernels(h, c_fc, c_proj, dy):
         assert relative(grad - 1, wanted) < (2e-3 if grad.is_cuda else 1e-5)
 
 
-def test_weight_gradients_take_no_fast_sums(monkeypatch):
-    seen, product = [], torch._scaled_mm
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **o: seen.append(o) or product(*a, **o))
-    a = torch.ones(16, 256).to(torch.float8_e4m3fn)
-    train_gpt.add_fp8_product_(torch.zeros(16, 16), a, a, 1.0)
-    assert [options.get("use_fast_accum", False) for options in seen] == [False]
-
-
 def sparse(path, *shape):
     """An int32 tensor of zeros that takes room only where it is written."""
     size = torch.Size(shape).numel()
@@ -752,8 +744,8 @@ def sparse(path, *shape):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="takes a file for memory")
-def test_words_beyond_32_bits(tmp_path, monkeypatch):
-    """Of transposes with more than 2^31 words each goes where it belongs, by both kernels."""
+def test_offsets_beyond_32_bits(tmp_path, monkeypatch):
+    """Each word of a transpose goes where it belongs, by both kernels, and each byte comes from there."""
     count = 2**26  # words a column, of which the first 64 are written
     sizes = (256, 32), (48, 32), (256, 48)
     dy, weight, hidden = (torch.rand(*size).to(torch.float8_e4m3fn) for size in sizes)
@@ -765,6 +757,13 @@ def test_words_beyond_32_bits(tmp_path, monkeypatch):
     given = hidden.view(torch.uint8), None, words, 256, 48, count
     train_gpt._transpose_kernel[1, 1](*given, SCALE=1.0, BM=64, BN=64)
     assert torch.equal(words[:, :64].contiguous().view(hidden.dtype).float(), packed(hidden))
+    wide = sparse(tmp_path / "wide", 256, 2**22).view(
+        torch.uint8
+    )  # of which the first 48 columns are written
+    wide[:, :48] = hidden.view(torch.uint8)
+    words = torch.empty(64, 64, dtype=torch.int32)
+    train_gpt._transpose_kernel[1, 1](wide, None, words, 256, 2**24, 64, SCALE=1.0, BM=64, BN=64)
+    assert torch.equal(words[:48].view(hidden.dtype).float(), packed(hidden))
 
 
 def test_mlp_backward_keeps_within_e4m3():
@@ -785,6 +784,30 @@ def test_mlp_kernels_at_the_records_width(monkeypatch):
     h = train_gpt.rms_norm(torch.randn(150, 768)).bfloat16()
     c_fc, c_proj = (0.02 * torch.randn(768, 3072).bfloat16() for _ in range(2))
     check_mlp_kernels(h, c_fc, 5 * c_proj, torch.randn(150, 768).bfloat16())
+
+
+def test_which_fp8_products_take_fast_sums(train_in_fp8, monkeypatch):
+    """Those over the width or the hidden units do; weights' gradients, and the head's both, do not."""
+    train_in_fp8("head", "blocks")
+    seen, product = [], train_gpt.fp8_product
+
+    def noted(a, b, scale, dtype, fast=True):
+        seen.append((a.size(1), fast))
+        return product(a, b, scale, dtype, fast)
+
+    monkeypatch.setattr(train_gpt, "fp8_product", noted)
+    T, C = 16, 48
+    x, h = leaf(T, C), leaf(T, C)
+    c_fc, c_proj, lm_head = weight(C, 4 * C), weight(C, 4 * C), weight(64, C)
+    for p in (c_fc, c_proj, lm_head):
+        p.fp8_copies = train_gpt.fp8_copies(p.detach(), 1)
+    handles = [train_gpt.weight_handle(p) for p in (c_fc, c_proj, lm_head)]
+    y = train_gpt.mlp_fused(x, h, *handles[:2])
+    targets = torch.zeros(T, dtype=torch.int32)
+    train_gpt.head_loss_fused(y.bfloat16(), handles[2], targets).sum().backward()
+    head = [(C, True), (64, False), (T, False)]
+    mlp = [(256, False), (256, False), (4 * C, True)]
+    assert seen == [(4 * C, True), *head, *mlp]
 
 
 def test_normed_scale():
@@ -1028,7 +1051,7 @@ def test_block(mixed, paths, fp8, operators, train_in_fp8):
     compare_blocks(mixed, paths, fp8)
 
 
-@pytest.mark.parametrize("in_fp8", [{"qkvo": 4}, {"c_fc": 1, "c_proj": 1}])
+@pytest.mark.parametrize("in_fp8", [{"qkvo": 4}, {"c_fc": 1, "c_proj": 1}, {"c_fc": 1}, {"c_proj": 1}])
 def test_block_of_which_a_part_is_in_fp8(in_fp8, operators, train_in_fp8, monkeypatch):
     """A weight without FP8 copies keeps its products in their dtype, whatever activations have."""
     train_in_fp8("blocks")

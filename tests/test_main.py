@@ -100,33 +100,7 @@ def test_log(tmp_path):
     assert f"\narguments: {shlex.join(tiny_flags(tmp_path))}\n" in head
     steps = [line for line in body.splitlines() if line.startswith("step:")]
     numbers = [int(re.match(r"step:(\d+)/20 ", line)[1]) for line in steps]
-    assert numbers == [
-        0,
-        1,
-        2,
-        3,
-        4,
-        5,
-        5,
-        6,
-        7,
-        8,
-        9,
-        10,
-        10,
-        11,
-        12,
-        13,
-        14,
-        15,
-        15,
-        16,
-        17,
-        18,
-        19,
-        20,
-        20,
-    ]
+    assert numbers == sorted([*range(21), 5, 10, 15, 20])
     val = [line for line in steps if "val_loss" in line]
     assert len(val) == 5 and all(
         re.fullmatch(r"step:\d+/20 val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms", line)
