@@ -1035,10 +1035,26 @@ BLOCK_GRAD_SCALE = tl.constexpr(2.0**-6)
 
 
 class Normed(NamedTuple):
-    """A normalized activation (T, C) and its e4m3 copy, which is all that FP8 products read."""
+    """A normalized activation (T, C). With an e4m3, all read that, and value only takes its gradient."""
 
     value: Tensor
     e4m3: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """Its numbers, as they went into FP8 if they did."""
+        return self.value if self.e4m3 is None else _Dequantize.apply(*self)
+
+
+class _Dequantize(torch.autograd.Function):
+    """The numbers of a normalized activation in e4m3; their gradient is that of its value."""
+
+    @staticmethod
+    def forward(ctx, value, e4m3):
+        return e4m3.to(value.dtype) * normed_scale(e4m3.size(1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
 class Weight(NamedTuple):
@@ -1128,7 +1144,7 @@ def normed_handle(h: Tensor | Normed, w: Weight) -> Normed:
     """A normalized activation's handle for a product with w: with an e4m3 copy if, and only if, w has one."""
     h = h if isinstance(h, Normed) else Normed(h)
     if w.e4m3 is None:
-        return Normed(h.value)
+        return Normed(h.read())
     if h.e4m3 is None:
         return Normed(h.value, call_compiled(to_e4m3, h.value.detach(), normed_scale(h.value.size(1))))
     return h
@@ -1169,7 +1185,7 @@ def _call_fused(version, *args):
 
 def run_definition(operator: Operator, *args):
     """Call an operator's definition, in training compiled, with tensors in place of handles."""
-    args = [a.value if isinstance(a, (Normed, Weight)) else a for a in args]
+    args = [a.read() if isinstance(a, Normed) else a.value if isinstance(a, Weight) else a for a in args]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return compiled(operator.definition)(*args)
     return operator.definition(*args)
@@ -1186,9 +1202,9 @@ def programs(x: Tensor) -> int:
 
 
 @functools.cache
-def constant(value: float, device: torch.device) -> Tensor:
-    """A float32 scalar tensor, made once."""
-    return torch.full((), value, device=device)
+def constant(value: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A scalar tensor, made once."""
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def fp8_product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, fast: bool = True) -> Tensor:
@@ -1243,7 +1259,8 @@ def _mix_norm_kernel(
     x *= tl.rsqrt(tl.sum(x * x, 1) / C + EPS)[:, None]
     if h.e4m3 is not None:
         tl.store(h.e4m3 + at, (x * (1 / SCALE)).to(h.e4m3.dtype.element_ty), mask=inside)
-    tl.store(h.value + at, x.to(h.value.dtype.element_ty), mask=inside)
+    else:
+        tl.store(h.value + at, x.to(h.value.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -1311,8 +1328,11 @@ class _MixNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, x0, lambdas, shared, quantize):
         T, C = x.shape
-        e4m3 = torch.empty_like(x, dtype=torch.float8_e4m3fn) if quantize else None
-        h = Normed(torch.empty_like(x), e4m3)
+        if quantize:
+            unread = constant(math.nan, x.device, x.dtype).expand_as(x)
+            h = Normed(unread, torch.empty_like(x, dtype=torch.float8_e4m3fn))
+        else:
+            h = Normed(torch.empty_like(x))
         mixed = x if x0 is None else torch.empty_like(x)
         sizes = {"SCALE": normed_scale(C), "ROWS": 4, "BLOCK": triton.next_power_of_2(C)}
         _mix_norm_kernel[(triton.cdiv(T, 4),)](x, x0, lambdas, mixed, h, T, C, **sizes, num_warps=4)
@@ -1532,7 +1552,7 @@ class QKVEnd(NamedTuple):
 def qkv_forward(h: Normed, qkvo: Weight, ve: Tensor | None, lambdas: Weight, rotary) -> tuple[Tensor, QKVEnd]:
     """q and k of `attention_`, normalized and turned, and v, mixed: (T, 3, H, D), by one kernel."""
     (T, C), D, x = h.value.shape, 2 * rotary.cos.size(1), h.value
-    qkv, v_proj = x.new_empty(T, 3, C // D, D), torch.empty_like(x)
+    qkv, v_proj = x.new_empty(T, 3, C // D, D), x.new_empty(T, C)
     factors = x.new_empty(2, C // D, T, dtype=torch.float32)
     a, b, scale = x, qkvo.value, 1.0
     if h.e4m3 is not None:
@@ -1829,6 +1849,8 @@ class _Attention(torch.autograd.Function):
         qkvo, gate, lambdas = weights
         T, C = x.shape
         gate_h = h[:, :GATE_CHANNELS].contiguous()
+        if e4m3 is not None:
+            gate_h = e4m3[:, :GATE_CHANNELS].to(x.dtype) * normed_scale(C)
         gates = F.linear(gate_h, gate.value)
         qkv, end = qkv_forward(Normed(h, e4m3), qkvo, ve, lambdas, rotary)
         a = attention_forward(*qkv.unbind(1), gates, mask, rotary.scale)
