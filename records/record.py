@@ -740,7 +740,7 @@ def definition_of(lines: list[str], at: int) -> str:
 
 
 def summarize_diff(a: str, b: str) -> str:
-    """How many lines two scripts differ by, and in which definitions."""
+    """How many lines two scripts differ by, and in which definitions, or beyond 40 in how many."""
     old = a.splitlines()
     new_lines = b.splitlines()
     added = removed = 0
@@ -753,7 +753,8 @@ def summarize_diff(a: str, b: str) -> str:
         added += new_high - new_low
         touched |= {definition_of(old, at): None for at in range(old_low, old_high)}
         touched |= {definition_of(new_lines, at): None for at in range(new_low, new_high)}
-    return f"+{added} -{removed} lines" + (f", in {', '.join(touched)}" if touched else "")
+    where = ", ".join(touched) if len(touched) <= 40 else f"{len(touched)} classes, functions and tables"
+    return f"+{added} -{removed} lines" + (f", in {where}" if touched else "")
 
 
 def patched(script: Path, patches: tuple[Path, ...]) -> str:

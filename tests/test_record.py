@@ -676,6 +676,18 @@ def test_new(made):
     assert f"record diff {first} records/{another.name}`" in text
 
 
+def test_summary_of_a_diff():
+    """It names the definitions that differ, or says how many there are where a list would not be read."""
+
+    def script(count: int, value: int) -> str:
+        return "".join(f"def f{i}():\n    return {value}\n" for i in range(count))
+
+    assert record.summarize_diff(script(2, 1), script(2, 2)) == "+2 -2 lines, in `f0`, `f1`"
+    assert record.summarize_diff(script(40, 1), script(40, 2)).endswith("`f38`, `f39`")
+    many = record.summarize_diff(script(41, 1), script(41, 2))
+    assert many == "+41 -41 lines, in 41 classes, functions and tables"
+
+
 def test_archived_logs_name_their_script(records, tmp_path):
     """A record's logs are those of the runs, with one line in the place of the source, and read alike."""
     first = the_record(records, "first")
