@@ -9,7 +9,7 @@ and the data. An idea is written there. Part II, the machine, makes it fast: Tri
 operators, and parameters sharded over GPUs. Part III runs it: training, log, checkpoints, main.
 Each part is made of rooms, and a room uses only rooms above it.
 
-Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps take 284 ms and
+Measured on one NVIDIA H200 (torch 2.11, Triton 3.6): the record's 262,144-token steps take 282 ms and
 15.0 GiB. README.md says on what data.
 """
 

@@ -11,7 +11,7 @@ import torch
 from shards import tiny_flags
 from test_main import run, val_losses
 
-SCRIPT = Path(__file__).parent.parent / "records" / "proxy" / "2026-11-29_late-attention" / "train_gpt.py"
+SCRIPT = Path(__file__).parent.parent / "records/proxy/2026-11-29_late-attention-e4m3/train_gpt.py"
 
 
 FALLING = [(2**0.5, 8 / 9), *((3**0.5, i / 9) for i in (6, 4, 2))]  # in steps 5 to 8 of 9
