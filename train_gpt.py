@@ -1035,18 +1035,22 @@ BLOCK_GRAD_SCALE = tl.constexpr(2.0**-6)
 
 
 class Normed(NamedTuple):
-    """A normalized activation (T, C). With an e4m3, all read that, and value only takes its gradient."""
+    """A normalized activation (T, C), in value or, over `normed_scale`, in e4m3.
+
+    With an e4m3, value may hold NaN instead of numbers: then it only takes the gradient. An autograd function
+    takes both and returns the gradient for value.
+    """
 
     value: Tensor
     e4m3: Tensor | None = None
 
     def read(self) -> Tensor:
-        """Its numbers, as they went into FP8 if they did."""
+        """Its numbers in value's dtype, rounded to e4m3 if it has one."""
         return self.value if self.e4m3 is None else _Dequantize.apply(*self)
 
 
 class _Dequantize(torch.autograd.Function):
-    """The numbers of a normalized activation in e4m3; their gradient is that of its value."""
+    """The numbers of a `Normed` with an e4m3; their gradient goes to its value."""
 
     @staticmethod
     def forward(ctx, value, e4m3):
@@ -1141,7 +1145,7 @@ def weight_handle(p: nn.Parameter) -> Weight:
 
 
 def normed_handle(h: Tensor | Normed, w: Weight) -> Normed:
-    """A normalized activation's handle for a product with w: with an e4m3 copy if, and only if, w has one."""
+    """A normalized activation's handle for a product with w: with an e4m3 if, and only if, w has one."""
     h = h if isinstance(h, Normed) else Normed(h)
     if w.e4m3 is None:
         return Normed(h.read())
@@ -1247,7 +1251,10 @@ EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # as `rms_norm` has it
 def _mix_norm_kernel(
     x_ptr, x0_ptr, lambdas, mixed_ptr, h, T, C, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Mix a tile of rows with x0, if there is one, and normalize it. lambdas: a Weight; h: a Normed."""
+    """Mix a tile of rows with x0, if there is one, and normalize it.
+
+    lambdas: a Weight. h: a Normed; the norm goes into its e4m3, if it has one, else into its value.
+    """
     rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     at = rows[:, None] * C + columns[None, :]
     inside = (rows < T)[:, None] & (columns < C)[None, :]
@@ -1329,8 +1336,9 @@ class _MixNorm(torch.autograd.Function):
     def forward(ctx, x, x0, lambdas, shared, quantize):
         T, C = x.shape
         if quantize:
-            unread = constant(math.nan, x.device, x.dtype).expand_as(x)
-            h = Normed(unread, torch.empty_like(x, dtype=torch.float8_e4m3fn))
+            # One number in memory, for autograd alone; NaN, so that it shows where someone reads it.
+            placeholder = constant(math.nan, x.device, x.dtype).expand_as(x)
+            h = Normed(placeholder, torch.empty_like(x, dtype=torch.float8_e4m3fn))
         else:
             h = Normed(torch.empty_like(x))
         mixed = x if x0 is None else torch.empty_like(x)
@@ -1338,11 +1346,13 @@ class _MixNorm(torch.autograd.Function):
         _mix_norm_kernel[(triton.cdiv(T, 4),)](x, x0, lambdas, mixed, h, T, C, **sizes, num_warps=4)
         ctx.save_for_backward(x, x0)
         ctx.lambdas, ctx.shared = lambdas, shared
-        ctx.set_materialize_grads(False)  # the e4m3 copy has none
+        ctx.set_materialize_grads(False)
         return mixed, *h
 
     @staticmethod
-    def backward(ctx, dmixed, dh, _):
+    def backward(ctx, dmixed, dh, de4m3):
+        if de4m3 is not None:
+            raise RuntimeError("a Normed's e4m3 takes no gradient; take its numbers by read()")
         x, x0 = ctx.saved_tensors
         T, C = x.shape
         dmixed, dh = (torch.zeros_like(x) if d is None else d.contiguous() for d in (dmixed, dh))
@@ -1848,13 +1858,14 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, x, h, ve, e4m3, weights, rotary, mask):
         qkvo, gate, lambdas = weights
         T, C = x.shape
-        gate_h = h[:, :GATE_CHANNELS].contiguous()
-        if e4m3 is not None:
+        if e4m3 is None:
+            gate_h = h[:, :GATE_CHANNELS].contiguous()
+        else:
             gate_h = e4m3[:, :GATE_CHANNELS].to(x.dtype) * normed_scale(C)
         gates = F.linear(gate_h, gate.value)
         qkv, end = qkv_forward(Normed(h, e4m3), qkvo, ve, lambdas, rotary)
         a = attention_forward(*qkv.unbind(1), gates, mask, rotary.scale)
-        h = h if e4m3 is None else None  # FP8 products do not read it
+        h = h if e4m3 is None else None  # else the backward pass reads e4m3
         ctx.save_for_backward(h, e4m3, gate_h, ve, gates, qkv, end.v_proj, end.factors, a.out, a.lse)
         ctx.rest = weights, rotary, mask
         w_o = qkvo.value.view(4, C, C)[3]
@@ -3462,7 +3473,8 @@ def load_model(path: str) -> GPT:
     finished = state["step"] == s.total_steps
     model.inputs, model.bos = step_inputs(state["step"] - (not finished), s), s.bos
     # A recorded gradient means training, and so FP8, to the fused versions.
-    model.forward, model.logits = torch.no_grad()(model.forward), torch.no_grad()(model.logits)
+    for name in ("trunk", "forward", "logits"):
+        setattr(model, name, torch.no_grad()(getattr(model, name)))
     return model
 
 

@@ -1,5 +1,6 @@
 """Every line of the list of ablations is a setting that the script takes; every patch applies and trains."""
 
+import importlib.util
 import json
 import math
 import re
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from shards import tiny_flags
 from starts import forked, ranks_of
 
@@ -19,6 +21,7 @@ SEEDS, ENTRIES = record.read_sweep(record.RECORDS / "ablations" / "ablations.txt
 SCRIPT = record.ROOT / "train_gpt.py"
 PATCHES = sorted((record.RECORDS / "ablations").glob("*.patch"))
 SHORT = ["--micro_batches=4", "--num_scheduled_iterations=3", "--num_extension_iterations=0"]
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels run in the interpreter")
 LONGER = {"batch_schedule", "multi_token"}  # may change 40 lines, where others may change 25
 
 
@@ -128,3 +131,39 @@ def test_patches_train(patch, tmp_path, unpatched):
         kinds = {train_gpt.kind_of(name) for name in new}
         assert kinds == {train_gpt.kind_of(name) for name, moves in new.items() if moves}, entry.name
     assert len({tuple(alone) for (alone, _), _ in found}) == len(found)  # no two lines are the same model
+
+
+def first_gradients(script, s):
+    """The loss of a model's first micro-batch, and the norms of its matrices' gradients."""
+    torch.manual_seed(0)
+    trainer, loader = script.Trainer(s, script.World()), script.TrainLoader(s, script.World())
+    with torch.no_grad():
+        for bank in trainer.banks:  # the zeros of the start would hide what is not read
+            bank.param[:, 0] = bank.master.add_(0.02 * torch.randn(bank.master.shape))
+    trainer.inputs = script.StepInputs(*map(torch.tensor, script.step_inputs(0, s)))
+    trainer.quantize()
+    trainer.micro_step(next(loader.stream(0, 1))[0], script.Part())
+    matrices = [(name, p) for name, p in trainer.model.named_parameters() if p.ndim > 1]
+    return trainer.total.item(), {name: p.grad.norm().item() for name, p in matrices}
+
+
+@on_a_cpu
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_patches_train_by_fused_versions(patch, tmp_path, monkeypatch):
+    """In FP8 loss and gradients are the definitions': no patch takes a handle for a tensor."""
+    path = tmp_path / "train_gpt.py"
+    path.write_text(record.patched(SCRIPT, (patch,)))
+    spec = importlib.util.spec_from_file_location(f"patched_{patch.stem}", path)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)  # its dataclasses look there
+    spec.loader.exec_module(script)
+    entry = next(entry for entry in ENTRIES if entry.patches == (patch,))
+    small = ["--micro_batches=2", "--train_batch_size=64"]
+    s = script.parse_settings([*tiny_flags(tmp_path), *entry.flags, *SHORT, *small])
+    wanted, norms = first_gradients(script, s)
+    monkeypatch.setattr(script, "in_fp8", lambda device, part: True)
+    monkeypatch.setattr(script, "compiled", lambda function: function)
+    monkeypatch.setattr(script.World, "dtype", torch.bfloat16)
+    script.run_operators_on_gpu()
+    loss, found = first_gradients(script, s)
+    assert loss == pytest.approx(wanted, rel=1e-3) and found == pytest.approx(norms, rel=0.15)

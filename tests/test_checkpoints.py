@@ -157,9 +157,9 @@ def test_load_model(trained):
     # On a GPU a recorded gradient would mean FP8.
     recorded = []
     model.blocks[1].register_forward_pre_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
-    model(batch, model.inputs)
-    model.logits(batch, model.inputs)
-    assert recorded == [False, False]
+    for call in (model, model.logits, model.trunk):
+        call(batch, model.inputs)
+    assert recorded == [False] * 3
 
 
 def test_load_model_of_an_unfinished_run(trained, tmp_path):

@@ -13,7 +13,7 @@ from test_main import run, val_losses
 
 SCRIPT = Path(__file__).parent.parent / "records/proxy/2026-11-29_late-attention-e4m3/train_gpt.py"
 
-
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels run in the interpreter")
 FALLING = [(2**0.5, 8 / 9), *((3**0.5, i / 9) for i in (6, 4, 2))]  # in steps 5 to 8 of 9
 
 
@@ -113,6 +113,7 @@ def test_late_attention(script, trainer):
         assert torch.equal(seen[i][1], script.rms_norm(seen[9][0]))
 
 
+@on_a_cpu
 @pytest.mark.parametrize("T, fp8", [(83, False), (128, False), (83, True)])
 @pytest.mark.parametrize("offset", [True, False])
 def test_attention(script, T, fp8, offset):
@@ -143,6 +144,7 @@ def test_attention(script, T, fp8, offset):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-5)
 
 
+@on_a_cpu
 def test_mlp_in_fp8(script, monkeypatch):
     """Its gradients, by FP8 products and transposes, are the definition's but for rounding."""
     monkeypatch.setattr(script, "MLP_TILE", (32, 64, 64, 4, 2))
@@ -163,6 +165,7 @@ def test_mlp_in_fp8(script, monkeypatch):
         assert (got - wanted).norm() < 0.1 * wanted.norm()
 
 
+@on_a_cpu
 @pytest.mark.parametrize("T, V", [(36, 300), (40, 128)])
 def test_loss_with_a_bias(script, T, V):
     torch.manual_seed(V)
