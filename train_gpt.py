@@ -149,7 +149,9 @@ class Hyperparameters:
     scalar_lr_mul: float = setting(5.0, "learning rate factor of the scalars")
     # run
     seed: int = setting(1337, "seed of the initial parameters", low=0, high=2**63 - 1)
-    warmup_steps: int = setting(2, "throw-away steps before the clock, which compile everything", low=0)
+    warmup_steps: int = setting(
+        2, "throw-away steps before the clock, which compile everything; 1 means 2", low=0
+    )
     log_dir: str = setting("logs", "folder of the logs and checkpoints")
     save_every: int = setting(0, "steps between checkpoints, the last two stay; 0 for none", low=0)
     save_checkpoint: bool = setting(False, "save a checkpoint at the end")
@@ -265,14 +267,19 @@ def check_settings(s: Hyperparameters):
         parse_window(name, getattr(s, name))
 
 
+def whole_number(text: str) -> int | None:
+    """The number that text of 1 to 9 digits writes; None for other text."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
+
+
 def layer_table(s: Hyperparameters) -> tuple[Layer, ...]:
     """The layer table with the changes of --layers; raises UsageError for one that it does not understand."""
     table = list(LAYERS)
     for change in filter(None, s.layers.split(",")):
         place, _, value = change.partition("=")
         index, _, column = place.partition(".")
-        columns = {f.name for f in dataclasses.fields(Layer)}
-        if not (index.isdecimal() and int(index) < len(table) and column in columns):
+        index, columns = whole_number(index), {f.name for f in dataclasses.fields(Layer)}
+        if index is None or index >= len(table) or column not in columns:
             value = None
         elif column == "window":
             value = value if value in ("short", "long") else None
@@ -285,7 +292,7 @@ def layer_table(s: Hyperparameters) -> tuple[Layer, ...]:
                 f" {len(LAYERS) - 1} and window=short|long, value=INDEX (0 to 15, -1 for none),"
                 " attention=PATHS or mlp=PATHS (0 to 16)"
             )
-        table[int(index)] = dataclasses.replace(table[int(index)], **{column: value})
+        table[index] = dataclasses.replace(table[index], **{column: value})
     if not any(layer.attention or layer.mlp for layer in table):
         raise UsageError("--layers leaves no layer with a path; keep at least one")
     return tuple(table)
@@ -296,26 +303,28 @@ def skip_table(s: Hyperparameters) -> tuple[tuple[int, int], ...]:
     skips = []
     for text in filter(None, s.skips.split(",")):
         source, _, target = text.partition("-")
-        if not (source.isdecimal() and target.isdecimal() and int(source) < int(target) < len(LAYERS)):
+        source, target = whole_number(source), whole_number(target)
+        if source is None or target is None or not source < target < len(LAYERS):
             raise UsageError(
                 f"--skips: cannot read {text!r}; write FROM-TO, as 4-7, FROM below TO below {len(LAYERS)}"
             )
-        layer = layer_table(s)[int(target)]
+        layer = layer_table(s)[target]
         if not (layer.attention or layer.mlp):
             raise UsageError(
                 f"--skips: {text!r} ends at layer {target}, which has no path and so runs nothing;"
                 " end it elsewhere"
             )
-        skips.append((int(source), int(target)))
+        skips.append((source, target))
     return tuple(skips)
 
 
 def parse_window(name: str, text: str) -> tuple[int, int]:
     """(short, long) windows in tokens from a pair such as 3/7, in blocks; raises UsageError for others."""
     short, _, long = text.partition("/")
-    if not (short.isdecimal() and long.isdecimal() and 1 <= int(long) <= 10_000 and int(short) <= 10_000):
+    short, long = whole_number(short), whole_number(long)
+    if short is None or long is None or short > 10_000 or not 1 <= long <= 10_000:
         raise UsageError(f"--{name}: cannot read {text!r}; write SHORT/LONG in blocks of 128 tokens, as 3/7")
-    return 128 * int(short), 128 * int(long)
+    return 128 * short, 128 * long
 
 
 def window_table(s: Hyperparameters) -> list[tuple[int, int]]:
@@ -325,14 +334,16 @@ def window_table(s: Hyperparameters) -> list[tuple[int, int]]:
 
 def profiled_steps(s: Hyperparameters) -> range:
     """The steps of --profile, none by default; raises UsageError."""
+    if not s.profile:
+        return range(0)
     start, _, end = s.profile.partition(":")
-    whole = start.isdecimal() and end.isdecimal() and int(start) < int(end) <= s.total_steps
-    if s.profile and not whole:
+    start, end = whole_number(start), whole_number(end)
+    if start is None or end is None or not start < end <= s.total_steps:
         raise UsageError(
             f"--profile: cannot read {s.profile!r}; write FROM:TO, as 20:22, with FROM below TO,"
             f" at most {s.total_steps}"
         )
-    return range(int(start), int(end)) if s.profile else range(0)
+    return range(start, end)
 
 
 def describe_settings(s: Hyperparameters) -> str:
@@ -349,7 +360,7 @@ def describe_settings(s: Hyperparameters) -> str:
 # Model: every operator is defined here, in plain PyTorch, and the definitions are the model. T is the
 # number of packed tokens, C the width, H the number of heads, D = C / H, V the padded vocabulary.
 
-GATE_CHANNELS = 12  # gates read only the first channels of the residual stream
+GATE_CHANNELS = 12  # gates read only the first channels of their input
 SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5
 
 
@@ -602,7 +613,7 @@ class Head(nn.Module):
 class GPT(nn.Module):
     """The language model, for packed sequences of at most max_tokens.
 
-    Parameters are drawn in float32 from the seed; embeddings, head and gates are cast to dtype.
+    Parameters are drawn in float32 from the seed; embeddings, head and gates' matrices are cast to dtype.
     """
 
     def __init__(self, s: Hyperparameters, max_tokens: int, dtype: torch.dtype = torch.float32):
@@ -677,7 +688,7 @@ def step_shape(step: int, s: Hyperparameters) -> StepShape:
 
 
 def longest_sequence(s: Hyperparameters) -> int:
-    """The most tokens that a micro-batch of training or validation has."""
+    """The most tokens that a micro-batch of training or validation may have."""
     return max(s.val_micro_batch_tokens, *(step_shape(i, s).micro_batch_tokens for i in range(s.total_steps)))
 
 
@@ -756,7 +767,7 @@ def extend_context(rotary: Rotary, old: int, new: int):
 
 def begin_step(model: GPT, step: int, s: Hyperparameters):
     """Change in the model what changes between steps. Parameters may change only where the variant does."""
-    if step and (new := attention_windows(step, s)[1]) != (old := attention_windows(step - 1, s)[1]):
+    if step and (new := attention_windows(step, s)[1]) > (old := attention_windows(step - 1, s)[1]):
         extend_context(model.rotary, old, new)
 
 
@@ -824,7 +835,7 @@ def adam_rate(t: int, s: Hyperparameters) -> float:
 def adam_update(
     p: Tensor, g: Tensor, moments: Moments, lr: Tensor, grad_accum_steps: Tensor, s: Hyperparameters
 ):
-    """An Adam step (arXiv 1412.6980), in place, by the mean of accumulated gradients g. All of one shape."""
+    """An Adam step (arXiv 1412.6980), in place, by accumulated gradients g over a count. All of one shape."""
     g = g.float() / grad_accum_steps
     moments.first.lerp_(g, 1 - s.adam_beta1)
     moments.second.lerp_(g.square(), 1 - s.adam_beta2)
@@ -836,6 +847,7 @@ def adam_update(
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256  # a shard: that many little-endian int32, then uint16 tokens
 FETCH = "python data/cached_fineweb10B.py"
+SOURCES = f"fetch FineWeb with: {FETCH}, or make the sample with: python data/sample.py"
 
 
 def read_shard(path: str, vocab_size: int) -> np.ndarray:
@@ -847,7 +859,7 @@ def read_shard(path: str, vocab_size: int) -> np.ndarray:
             header = np.fromfile(file, "<i4", HEADER)
             tokens = np.fromfile(file, "<u2")
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); fetch it again with: {FETCH}") from None
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); {SOURCES}") from None
     found = header[0] if len(header) else "nothing"
     if len(header) < HEADER or header[0] != MAGIC:
         problem = f"not a token shard (magic number {found}, want {MAGIC})"
@@ -858,7 +870,7 @@ def read_shard(path: str, vocab_size: int) -> np.ndarray:
     else:
         problem = None
     if problem:
-        raise UsageError(f"{path}: {problem}; remove it and run: {FETCH}")
+        raise UsageError(f"{path}: {problem}; give other shards, or remove it and {SOURCES}")
     if len(tokens) and tokens.max() >= vocab_size:
         raise UsageError(
             f"{path}: token {tokens.max()} is beyond the vocabulary; raise --vocab_size or give other shards"
@@ -869,10 +881,7 @@ def read_shard(path: str, vocab_size: int) -> np.ndarray:
 def find_shards(pattern: str, flag: str) -> list[str]:
     """The shards that match a pattern, by name; raises UsageError when there is none."""
     if not (paths := sorted(glob.glob(pattern))):
-        raise UsageError(
-            f"--{flag}={pattern} matches no file; fetch FineWeb with: {FETCH}, or make the sample with:"
-            " python data/sample.py"
-        )
+        raise UsageError(f"--{flag}={pattern} matches no file; {SOURCES}")
     return paths
 
 
@@ -956,6 +965,11 @@ class TrainData:
     def check(self):
         """Wait until the plan covers the run; raise UsageError when the shards feed too few steps."""
         if not (last := self.planned(self.s.total_steps - 1)):
+            if not self.plan:
+                raise UsageError(
+                    f"--train_files={self.s.train_files}: no shard fills a step; give larger ones or lower"
+                    " --train_batch_size"
+                )
             raise UsageError(
                 f"--train_files={self.s.train_files} feeds {len(self.plan)} steps of the"
                 f" {self.s.total_steps}; fetch more with: {FETCH} N (N shards, up to 103), or lower"
@@ -1006,6 +1020,11 @@ class ValData:
                 f"{path}: holds {len(self.tokens)} tokens, but validation needs --val_tokens={s.val_tokens}"
                 " and one more; lower it or give a larger --val_files"
             )
+        if not (self.tokens[: s.val_tokens] == s.bos).any():
+            raise UsageError(
+                f"{path}: holds no BOS token {s.bos} where validation reads; give other --val_files or"
+                " --vocab_size"
+            )
         for other in filter(os.path.exists, glob.glob(s.train_files)):
             if os.path.samefile(path, other):
                 raise UsageError(f"{path}: --train_files={s.train_files} reads it too; keep them apart")
@@ -1015,11 +1034,6 @@ class ValData:
         size = self.s.val_micro_batch_tokens
         for start in range(first * size, self.s.val_tokens, stride * size):
             yield self.tokens[start : min(start + size, self.s.val_tokens) + 1]
-
-
-def split_documents(tokens: np.ndarray, bos: int) -> np.ndarray:
-    """The fields of a Batch, int32 (4, T), from T + 1 tokens, with documents at the first and every BOS."""
-    return packed(tokens, np.union1d([0], np.flatnonzero(tokens == bos)))
 
 
 # Part II: Machine
@@ -2217,8 +2231,8 @@ def head_loss_fused(h: Tensor, lm_head: Weight, targets: Tensor) -> Tensor:
         return run_definition(head_loss, h, lm_head, targets)
     if lm_head.e4m3 is None:  # some other table stands in for the head
         lm_head = lm_head._replace(**fp8_copies(lm_head.value.detach(), matrices=1))
-    h_e4m3 = call_compiled(to_e4m3, h.detach(), normed_scale(h.size(1)))
-    return _HeadLoss.apply(h, lm_head.value, targets, h_e4m3, lm_head.e4m3, lm_head.e4m3_t)
+    h = normed_handle(h, lm_head)
+    return _HeadLoss.apply(h.value, lm_head.value, targets, h.e4m3, lm_head.e4m3, lm_head.e4m3_t)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2349,11 +2363,11 @@ def connect(s: Hyperparameters, launch: Launch) -> World:
                 f"--micro_batches={shape.micro_batches} cannot be dealt to {size} processes; give a multiple"
                 f" of {size}"
             )
-        if gpus and (head_dim < 16 or head_dim & (head_dim - 1) or shape.micro_batch_tokens % 16):
+        if gpus and (head_dim not in (16, 32, 64, 128) or shape.micro_batch_tokens % 16):
             raise UsageError(
                 f"--num_heads={s.num_heads} makes heads {head_dim} wide and"
                 f" --micro_batches={shape.micro_batches} packs {shape.micro_batch_tokens} tokens; a GPU needs"
-                " a power of two of at least 16, and a multiple of 16"
+                " a power of two from 16 to 128, and a multiple of 16"
             )
     device = torch.device("cpu")
     if gpus:
@@ -2542,6 +2556,7 @@ class Bank:
 def make_banks(model: GPT, optimizer: str, world: World) -> list[Bank]:
     """The banks of an optimizer's parameters, each in the order in which the backward pass reaches them.
 
+    NorMuon's are ordered by their number of matrices first.
     NorMuon's matrices of one shape make one bank, so that they are shared out over the ranks together; of
     Adam's parameters each table makes one, and the vectors of one rate make one.
     """
@@ -2704,9 +2719,11 @@ class ValLoader:
             yield document_batch(tokens, self.s.bos, self.world.device)
 
 
-def document_batch(tokens: np.ndarray, bos: int, device: torch.device) -> Batch:
+def document_batch(tokens: np.ndarray | list[int], bos: int, device: torch.device) -> Batch:
     """A Batch of T tokens from T + 1 token ids, in which a document starts at the first and at every BOS."""
-    return Batch(*torch.from_numpy(split_documents(tokens, bos)).to(device))
+    tokens = np.asarray(tokens)
+    starts = np.union1d([0], np.flatnonzero(tokens == bos))
+    return Batch(*torch.from_numpy(packed(tokens, starts)).to(device))
 
 
 class Part(NamedTuple):
@@ -3410,11 +3427,14 @@ def other_version(path: str, reason: Exception | str) -> UsageError:
 
 def check_tensors(path: str, found, wanted):
     """Raise UsageError unless these (name, tensor) have the names, shapes and dtypes of those wanted."""
-    kinds = [{name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors} for tensors in (found, wanted)]
+    kinds = [{name: (tuple(t.shape), t.dtype) for name, t in tensors} for tensors in (found, wanted)]
     for name in sorted(kinds[0].keys() | kinds[1].keys()):
-        theirs, ours = (kind.get(name, "missing") for kind in kinds)
+        theirs, ours = (kind.get(name, ("missing",)) for kind in kinds)
+        both = f"{name}: {' '.join(map(str, theirs))}, here {' '.join(map(str, ours))}"
+        if theirs[0] != ours[0]:
+            raise other_version(path, both)
         if theirs != ours:
-            raise other_version(path, f"{name}: {theirs}, here {ours}")
+            raise UsageError(f"{path}: written on another kind of device ({both}); go on there")
 
 
 def resume(trainer: Trainer, path: str, *older: str) -> tuple[int, float]:
@@ -3461,10 +3481,13 @@ def load_model(path: str) -> GPT:
         s = Hyperparameters(**state["settings"])
         model = GPT(s, longest_sequence(s), world.dtype).to(world.device).eval().requires_grad_(False)
         for name, p in model.named_parameters():
-            hidden = p.optimizer == "normuon"  # their masters are float32
-            value = state["tensors"][name].to(world.device, world.dtype if hidden else p.dtype)
+            normuon = p.optimizer == "normuon"  # hidden matrices' masters are float32
+            value = state["tensors"][name].to(world.device, world.dtype if normuon else p.dtype)
             check_tensors(path, [(name, value.to(p.dtype))], [(name, p)])
             p.data = value
+        theirs = {name.removesuffix(".first") for name in state["tensors"] if name.endswith(".first")}
+        if unknown := sorted(theirs - dict(model.named_parameters()).keys()):
+            raise other_version(path, f"{unknown[0]}: missing here")
         for name in ("frequencies", "scale"):
             getattr(model.rotary, name).copy_(state["tensors"][f"rotary.{name}"])
     except (TypeError, KeyError) as error:  # a setting is unknown, or a tensor missing
@@ -3486,7 +3509,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(BaseException):
-    """SIGTERM came, or SIGHUP from a terminal that closes; the text says where training stands."""
+    """SIGTERM came, or SIGHUP from a terminal that closes; the text says which, or what is saved."""
 
 
 def stop_once(number, _):
@@ -3535,6 +3558,10 @@ def run(s: Hyperparameters, world: World):
             found = find_checkpoints(s, world)
             start, elapsed = resume(trainer, *found)
             log.write(f"resumed: step {start} of {found[0]}")
+            if s.profile and profiled_steps(s)[0] < start:
+                raise UsageError(
+                    f"--profile={s.profile}: the run goes on from step {start}; give later steps"
+                )
         train.check()
         built = seconds_since_launch()
         trainer.warm_up(train, val)

@@ -199,6 +199,21 @@ def test_refused_checkpoints(trained, tmp_path):
     )
     with pytest.raises(UsageError, match="made by another version"):
         train_gpt.load_model(str(tmp_path / "older.pt"))
+    state = torch.load(path, weights_only=True)
+    state["tensors"]["bigram"] = state["tensors"]["bigram.first"] = torch.zeros(3)
+    train_gpt.write_checkpoint(tmp_path / "newer.pt", state)
+    with pytest.raises(
+        UsageError, match=r"newer.pt: made by another version of this script \(bigram: missing"
+    ):
+        train_gpt.load_model(str(tmp_path / "newer.pt"))
+    state = torch.load(path, weights_only=True)
+    state["tensors"]["lm_head.weight"] = state["tensors"]["lm_head.weight"].bfloat16()
+    train_gpt.write_checkpoint(tmp_path / "gpu.pt", state)
+    refused(
+        run([*flags, f"--resume={tmp_path}/gpu.pt"]),
+        "gpu.pt: written on another kind of device (lm_head.weight: ",
+    )
+    refused(run([*flags, f"--resume={path}", "--profile=1:3"]), "--profile=1:3: the run goes on from step ")
 
 
 # Parameters as scripts before the banks named them.

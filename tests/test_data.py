@@ -200,6 +200,29 @@ def test_bad_training_tokens(tmp_path, tokens, says):
         TrainLoader(flags(tmp_path), World()).check()
 
 
+def test_no_shard_fills_a_step(tmp_path):
+    write_shard(tmp_path / "train_0.bin", [256] * 90)
+    with pytest.raises(
+        UsageError, match="no shard fills a step; give larger ones or lower --train_batch_size"
+    ):
+        TrainLoader(flags(tmp_path), World()).check()
+
+
+def test_validation_of_another_vocabulary(tmp_path):
+    write_shard(tmp_path / "val_0.bin", [1, 2] * 400)
+    with pytest.raises(UsageError, match="val_0.bin: holds no BOS token 256 where validation reads"):
+        ValLoader(flags(tmp_path, "--val_tokens=400", "--val_batch_size=400"), World())
+
+
+def test_document_batch_of_a_list():
+    """A tokenizer gives lists: their documents are kept apart as an array's are."""
+    tokens = [256, 5, 6, 256, 7, 8, 9, 256, 1]
+    for given in (tokens, tuple(tokens), np.array(tokens, np.uint16)):
+        batch = train_gpt.document_batch(given, 256, torch.device("cpu"))
+        assert batch.doc_start.tolist() == [0, 0, 0, 3, 3, 3, 3, 7]
+        assert batch.inputs.tolist() == tokens[:-1] and batch.targets.tolist() == tokens[1:]
+
+
 def test_too_few_tokens_names_the_command(tmp_path):
     write_shard(tmp_path / "train_0.bin", [256] * 900)
     with pytest.raises(UsageError, match=r"fetch more with: python data/cached_fineweb10B.py N"):

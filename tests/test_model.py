@@ -249,6 +249,16 @@ def test_yarn():
     assert rotary.frequencies[0] == 1 and not rotary.frequencies[32:].any()
 
 
+def test_a_shrinking_window_leaves_the_rotary_embedding_alone(tmp_path):
+    s = parse_settings([*whole_flags(tmp_path), "--windows=1/3,3/7,1/2"])
+    model = GPT(s, MAX_TOKENS)
+    scales = []
+    for step in range(s.num_scheduled_iterations):
+        train_gpt.begin_step(model, step, s)
+        scales.append(round(model.rotary.scale.item(), 5))
+    assert list(dict.fromkeys(scales)) == [0.1, 0.11695]
+
+
 def test_norm_of_rotated_heads_is_kept():
     x = torch.randn(20, 3, 16)
     rotary = Rotary(16, 20, torch.float32)
