@@ -278,7 +278,8 @@ def layer_table(s: Hyperparameters) -> tuple[Layer, ...]:
     for change in filter(None, s.layers.split(",")):
         place, _, value = change.partition("=")
         index, _, column = place.partition(".")
-        index, columns = whole_number(index), {f.name for f in dataclasses.fields(Layer)}
+        index = whole_number(index)
+        columns = {f.name for f in dataclasses.fields(Layer)}
         if index is None or index >= len(table) or column not in columns:
             value = None
         elif column == "window":
@@ -835,7 +836,10 @@ def adam_rate(t: int, s: Hyperparameters) -> float:
 def adam_update(
     p: Tensor, g: Tensor, moments: Moments, lr: Tensor, grad_accum_steps: Tensor, s: Hyperparameters
 ):
-    """An Adam step (arXiv 1412.6980), in place, by accumulated gradients g over a count. All of one shape."""
+    """An Adam step (arXiv 1412.6980), in place, by accumulated gradients g. All of one shape.
+
+    grad_accum_steps: what g is divided by, half the micro-batches of the two steps whose sum it is.
+    """
     g = g.float() / grad_accum_steps
     moments.first.lerp_(g, 1 - s.adam_beta1)
     moments.second.lerp_(g.square(), 1 - s.adam_beta2)
@@ -2556,9 +2560,9 @@ class Bank:
 def make_banks(model: GPT, optimizer: str, world: World) -> list[Bank]:
     """The banks of an optimizer's parameters, each in the order in which the backward pass reaches them.
 
-    NorMuon's are ordered by their number of matrices first.
-    NorMuon's matrices of one shape make one bank, so that they are shared out over the ranks together; of
-    Adam's parameters each table makes one, and the vectors of one rate make one.
+    NorMuon's parameters of one shape make one bank, so that they are shared out over the ranks together, and
+    in it those that are one matrix each come before those of four. Of Adam's parameters each table makes one,
+    and the vectors of one rate make one.
     """
     groups = {}
     for name, p in reversed(list(model.named_parameters())):
@@ -3509,7 +3513,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(BaseException):
-    """SIGTERM came, or SIGHUP from a terminal that closes; the text says which, or what is saved."""
+    """SIGTERM came, or SIGHUP from a terminal that closes; the text names it and any checkpoint."""
 
 
 def stop_once(number, _):

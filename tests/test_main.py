@@ -525,6 +525,15 @@ def test_more_processes_than_gpus(monkeypatch):
         train_gpt.connect(train_gpt.parse_settings([]), Launch(size=3, local_size=3))
 
 
+@pytest.mark.parametrize("heads, width", [(3, 256), (8, 96), (96, 8)])
+def test_heads_that_no_kernel_takes(heads, width, monkeypatch):
+    """Before the GPU is touched: the kernels' tiles need a power of two, and hold no more than 128."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("was taken"))
+    with pytest.raises(UsageError, match=f"--num_heads={heads} makes heads {width} wide .* from 16 to 128"):
+        train_gpt.connect(train_gpt.parse_settings([f"--num_heads={heads}"]), Launch())
+
+
 GOOD = dict(RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_PORT="1", MASTER_ADDR="a")
 
 
