@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fused import check_fused_versions
 from shards import tiny_flags
 from starts import forked, ranks_of
 
@@ -133,20 +134,6 @@ def test_patches_train(patch, tmp_path, unpatched):
     assert len({tuple(alone) for (alone, _), _ in found}) == len(found)  # no two lines are the same model
 
 
-def first_gradients(script, s):
-    """The loss of a model's first micro-batch, and the norms of its matrices' gradients."""
-    torch.manual_seed(0)
-    trainer, loader = script.Trainer(s, script.World()), script.TrainLoader(s, script.World())
-    with torch.no_grad():
-        for bank in trainer.banks:  # the zeros of the start would hide what is not read
-            bank.param[:, 0] = bank.master.add_(0.02 * torch.randn(bank.master.shape))
-    trainer.inputs = script.StepInputs(*map(torch.tensor, script.step_inputs(0, s)))
-    trainer.quantize()
-    trainer.micro_step(next(loader.stream(0, 1))[0], script.Part())
-    matrices = [(name, p) for name, p in trainer.model.named_parameters() if p.ndim > 1]
-    return trainer.total.item(), {name: p.grad.norm().item() for name, p in matrices}
-
-
 @on_a_cpu
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
 def test_patches_train_by_fused_versions(patch, tmp_path, monkeypatch):
@@ -160,10 +147,4 @@ def test_patches_train_by_fused_versions(patch, tmp_path, monkeypatch):
     entry = next(entry for entry in ENTRIES if entry.patches == (patch,))
     small = ["--micro_batches=2", "--train_batch_size=64"]
     s = script.parse_settings([*tiny_flags(tmp_path), *entry.flags, *SHORT, *small])
-    wanted, norms = first_gradients(script, s)
-    monkeypatch.setattr(script, "in_fp8", lambda device, part: True)
-    monkeypatch.setattr(script, "compiled", lambda function: function)
-    monkeypatch.setattr(script.World, "dtype", torch.bfloat16)
-    script.run_operators_on_gpu()
-    loss, found = first_gradients(script, s)
-    assert loss == pytest.approx(wanted, rel=1e-3) and found == pytest.approx(norms, rel=0.15)
+    check_fused_versions(script, s, monkeypatch)

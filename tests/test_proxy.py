@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fused import check_fused_versions
 from shards import tiny_flags
 from test_main import run, val_losses
 
@@ -206,28 +207,6 @@ def test_sampled_classes(script):
 
 @on_a_cpu
 def test_trains_by_fused_versions(script, tmp_path, monkeypatch):
-    """In FP8 a micro-batch's loss and gradients are the definitions'."""
+    """In FP8 loss and gradients are the definitions': each idea's kernels get what they are to read."""
     flags = [*tiny_flags(tmp_path), "--sampled_classes=64", "--micro_batches=2", "--train_batch_size=64"]
-    s, found = script.parse_settings(flags), []
-    for fused in (False, True):
-        if fused:
-            for operator in script.Operator.every:
-                monkeypatch.setattr(operator, "run", operator.run)  # to be put back
-            monkeypatch.setattr(script, "in_fp8", lambda device, part: True)
-            monkeypatch.setattr(script, "compiled", lambda function: function)
-            monkeypatch.setattr(script.World, "dtype", torch.bfloat16)
-            script.run_operators_on_gpu()
-        torch.manual_seed(0)
-        trainer = script.Trainer(s, script.World())
-        with torch.no_grad():
-            for bank in trainer.banks:  # the zeros of the start would hide what is not read
-                bank.param[:, 0] = bank.master.add_(0.02 * torch.randn(bank.master.shape))
-        trainer.inputs = script.step_inputs(0, s)
-        trainer.quantize()
-        trainer.micro_step(batches(script, trainer, 0)[0], script.Part())
-        grads = {name: p.grad.float() for name, p in trainer.model.named_parameters() if p.ndim > 1}
-        found.append((trainer.total.item(), grads))
-    (wanted, exact), (loss, grads) = found
-    assert loss == pytest.approx(wanted, rel=1e-3)
-    for name, grad in grads.items():
-        assert (grad - exact[name]).norm() <= 0.12 * exact[name].norm(), name
+    check_fused_versions(script, script.parse_settings(flags), monkeypatch)
